@@ -1,0 +1,1 @@
+"""Where the frames come from: Lightning datamodules that deal `forecast.batch.Batch`."""

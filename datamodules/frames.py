@@ -1,0 +1,104 @@
+"""What every datamodule of stormcell has: three splits of windows, dealt by our own sampler as whole batches."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, get_args
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from datamodules.sampler import BatchSampler, Draw
+from forecast.batch import Batch
+from forecast.errors import UserError
+from forecast.units import Grid, Quantity, Transform
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class Windows(Protocol):
+    """The windows of one split."""
+
+    blocks: int
+    """Number of rain events (or sequences): `Batch.block` runs from 0 to blocks-1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: Draw) -> Batch: ...
+
+
+class FrameData(pl.LightningDataModule):
+    """A Lightning datamodule that deals `Batch`, and knows what its numbers mean.
+
+    A subclass sets the attributes below by the end of `setup` and answers `windows(split)`.
+
+    Args:
+        past: frames given, T.
+        future: frames to forecast, S.
+        batch_size: windows in a batch, on each process.
+        workers: processes that make batches beside the training; 0 makes them in the training process.
+        seed: of everything random in the samples.
+    """
+
+    quantity: Quantity
+    grid: Grid
+    """Of the frames that are dealt (after cropping)."""
+    transform: Transform
+    """Physical values <-> what the network sees."""
+    cadence: int | None
+    """Seconds between frames; None where frames have no time (digits)."""
+    static_channels: int = 0
+    """Number of static fields, K."""
+
+    def __init__(self, past: int, future: int, batch_size: int, workers: int, seed: int) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("past", past, 1),
+            ("future", future, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}.")
+        self.past = past
+        self.future = future
+        self.batch_size = batch_size
+        self.workers = workers
+        self.seed = seed
+
+    @abstractmethod
+    def windows(self, split: Split) -> Windows:
+        """The windows of that split; the same object at each call."""
+
+    def references(self) -> Mapping[str, Any]:
+        """Forecasters that only this data can offer (an oracle that knows how the frames were made), by name."""
+        return {}
+
+    def _loader(self, split: Split) -> DataLoader[Batch]:
+        windows = self.windows(split)
+        trainer = self.trainer
+        sampler = BatchSampler(
+            len(windows),
+            self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world_size=trainer.world_size if trainer is not None else 1,
+        )
+        return DataLoader(
+            windows,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._loader("test")

@@ -1,0 +1,1 @@
+"""Spatiotemporal forecasting: cells, networks, scores and the Lightning module that trains them."""
