@@ -61,9 +61,7 @@ class BatchSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         if self.shuffle:
             # A prime between the seeds keeps epoch 1 of seed 0 from being epoch 0 of seed 1.
-            generator = torch.Generator().manual_seed(
-                (self.seed * 1_000_003 + self.epoch) & 0x7FFF_FFFF_FFFF_FFFF
-            )
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) & 0x7FFF_FFFF_FFFF_FFFF)
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))

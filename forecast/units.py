@@ -74,11 +74,7 @@ class Quantity:
 
     def decode(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Packed numbers of any shape -> (physical values float32, valid bool); invalid pixels hold `floor`."""
-        valid = (
-            torch.isfinite(packed)
-            if packed.is_floating_point()
-            else torch.ones_like(packed, dtype=torch.bool)
-        )
+        valid = torch.isfinite(packed) if packed.is_floating_point() else torch.ones_like(packed, dtype=torch.bool)
         if self.missing is not None:
             valid = valid & (packed != self.missing)
         values = packed.float() * self.scale + self.offset
