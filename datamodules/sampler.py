@@ -11,8 +11,8 @@ class Draw(NamedTuple):
     """One batch to be made. A dataset answers `dataset[draw]` with a whole `Batch`."""
 
     epoch: int
-    """A sample is a function of (seed, split, epoch, index) alone, whichever worker process makes it."""
-    index: tuple[int, ...]
+    """A sample is a function of (seed, split, epoch, position) alone, whichever worker process makes it."""
+    positions: tuple[int, ...]
     """Positions in the dataset; `PADDING` asks for a sample that is scored nowhere (block -1)."""
 
 
