@@ -1,0 +1,232 @@
+"""Handwritten digits that move with constant velocity and bounce: a forecasting task that needs no download.
+
+Axes: B batch, N digits on a canvas, L frames of a sequence, T past frames, S forecast frames, D side of a digit, H W.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+
+from datamodules.frames import SPLITS, FrameData, Split
+from datamodules.sampler import PADDING, Draw
+from forecast.batch import Batch, Forecast
+from forecast.errors import UserError
+from forecast.units import Grid, Linear, Quantity
+
+FRAMES = Quantity(name="intensity", long_name="pixel intensity", units="1", thresholds=(0.5,), scale=1 / 255)
+
+
+def bounce(position: NDArray[np.float64], span: float) -> NDArray[np.float64]:
+    """Straight motion, folded back and forth between 0 and `span`: reflection at two walls."""
+    return span - np.abs(np.mod(position, 2 * span) - span)
+
+
+class MovingDigits:
+    """Sequences of moving digits, made when they are asked for.
+
+    A sequence is a function of (seed, split, epoch, position in the split) alone. Each digit starts anywhere on the
+    canvas and moves `speed` pixels a frame in any direction; at the edge it bounces; where digits overlap the brighter
+    pixel is seen (Srivastava et al. 2015, arXiv 1502.04681).
+
+    Args:
+        images: the digits to draw from, n D D uint8.
+        sequences: number of sequences in the split.
+        past, future: frames, T and S.
+        size: side of the canvas, H = W.
+        digits: digits on a canvas, N.
+        speed: least and greatest speed, pixels a frame.
+        seed, split: of the random draws.
+        fresh: draw other sequences in every epoch.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        sequences: int,
+        *,
+        past: int,
+        future: int,
+        size: int,
+        digits: int,
+        speed: tuple[float, float],
+        seed: int,
+        split: Split,
+        fresh: bool,
+    ) -> None:
+        self.images = images
+        self.blocks = sequences
+        self.past = past
+        self.future = future
+        self.size = size
+        self.digits = digits
+        self.speed = speed
+        self.seed = seed
+        self.split = split
+        self.fresh = fresh
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        positions = np.array(draw.positions)
+        frames = self.sequences(np.maximum(positions, 0), draw.epoch if self.fresh else 0, self.past + self.future)
+        packed = torch.from_numpy(frames).unsqueeze(2)
+        sequence = torch.from_numpy(positions)
+        return Batch(
+            past=packed[:, : self.past],
+            future=packed[:, self.past :],
+            static=torch.zeros(len(positions), 0, self.size, self.size),
+            time=sequence.clamp_min(0),
+            block=torch.where(sequence == PADDING, -1, sequence),
+            first=torch.ones(len(positions), dtype=torch.bool),
+        )
+
+    def sequences(self, positions: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.uint8]:
+        """Frames B L H W of the sequences at those positions, in all at once."""
+        chosen, start, velocity = self._scenes(positions, epoch)
+        span = self.size - self.images.shape[-1]
+        time = np.arange(length)[:, None, None]  # against B L N 2
+        corner = np.rint(bounce(start[:, None] + velocity[:, None] * time, span)).astype(np.intp)
+        canvas = np.zeros((len(positions), length, self.size, self.size), np.uint8)
+        side = np.arange(self.images.shape[-1])
+        b, frame = np.ogrid[: len(positions), :length]
+        for n in range(self.digits):
+            y = corner[:, :, n, 0, None, None] + side[:, None]
+            x = corner[:, :, n, 1, None, None] + side
+            where = (b[..., None, None], frame[..., None, None], y, x)
+            canvas[where] = np.maximum(canvas[where], self.images[chosen[:, n]][:, None])
+        return canvas
+
+    def _scenes(
+        self, positions: NDArray[np.int64], epoch: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Which digits (B N), where they start and how they move (B N 2: y, x)."""
+        uniform = np.stack(
+            [
+                np.random.default_rng((self.seed, SPLITS.index(self.split), epoch, position)).random((self.digits, 5))
+                for position in positions
+            ]
+        )
+        chosen = (uniform[..., 0] * len(self.images)).astype(np.int64)
+        start = uniform[..., 1:3] * (self.size - self.images.shape[-1])
+        slow, fast = self.speed
+        speed = slow + (fast - slow) * uniform[..., 3]
+        angle = 2 * np.pi * uniform[..., 4]
+        velocity = np.stack([speed * np.sin(angle), speed * np.cos(angle)], axis=-1)
+        return chosen, start, velocity
+
+
+class Oracle:
+    """The generator's own continuation: it knows the digits, where they are, and their constant velocity.
+
+    No network can do better. It is a Forecaster that looks at the sequence number and not at the past.
+    """
+
+    def __init__(self, sequences: MovingDigits) -> None:
+        self.sequences = sequences
+
+    def predict(
+        self,
+        past: Tensor,
+        valid: Tensor,
+        steps: int,
+        *,
+        static: Tensor,
+        time: Tensor,
+        members: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Forecast:
+        """The frames that follow; the arguments are those of `Forecaster`."""
+        length = past.shape[1] + steps
+        frames = torch.from_numpy(self.sequences.sequences(time.cpu().numpy(), 0, length)[:, past.shape[1] :])
+        return Forecast(FRAMES.decode(frames.unsqueeze(2).to(past.device))[0])
+
+
+class MovingDigitsData(FrameData):
+    """The embedded default: scikit-learn's handwritten digits, real ones of 8 x 8 pixels, enlarged.
+
+    Digits for training, validation and test never mix: they are split by their place in the data set, whose later
+    writers are not the earlier ones.
+
+    Args:
+        past, future, batch_size, workers, seed: see `FrameData`.
+        size: side of the canvas in pixels.
+        digits: digits on a canvas.
+        digit_size: side to which the digits are enlarged, pixels.
+        speed: least and greatest speed, pixels a frame.
+        train, validation, test: number of sequences of each split.
+        fresh: draw other training sequences in every epoch.
+    """
+
+    cadence = None
+
+    def __init__(
+        self,
+        past: int = 10,
+        future: int = 10,
+        batch_size: int = 16,
+        workers: int = 0,
+        seed: int = 0,
+        size: int = 48,
+        digits: int = 2,
+        digit_size: int = 16,
+        speed: Sequence[float] = (2.0, 4.0),
+        train: int = 2000,
+        validation: int = 200,
+        test: int = 500,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__(past, future, batch_size, workers, seed)
+        if not digit_size <= size:
+            raise UserError(f"data.digit_size is {digit_size} on a canvas of {size}; enlarge data.size.")
+        if len(speed) != 2 or not 0 <= speed[0] <= speed[1]:
+            raise UserError(f"data.speed is {list(speed)}; give the least and the greatest speed in pixels a frame.")
+        if digits < 1 or min(train, validation, test) < 1:
+            raise UserError("data.digits, data.train, data.validation and data.test must be at least 1.")
+        self.size = size
+        self.digits = digits
+        self.digit_size = digit_size
+        self.speed = (float(speed[0]), float(speed[1]))
+        self.sequences = {"train": train, "validation": validation, "test": test}
+        self.fresh = fresh
+        self.quantity = FRAMES
+        self.grid = Grid(size=(size, size))
+        self.transform = Linear()
+        self._windows: dict[Split, MovingDigits] = {}
+
+    def images(self) -> Mapping[Split, NDArray[np.uint8]]:
+        """The digits of each split, n D D uint8."""
+        digits = torch.from_numpy(load_digits().images).unsqueeze(1)
+        side = (self.digit_size, self.digit_size)
+        large = F.interpolate(digits / 16, size=side, mode="bicubic", align_corners=False).clamp(0, 1)
+        packed = (large[:, 0] * 255).round().to(torch.uint8).numpy()
+        return {"train": packed[:1197], "validation": packed[1197:1397], "test": packed[1397:]}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the digits and makes the three splits."""
+        if self._windows:
+            return
+        for split, images in self.images().items():
+            self._windows[split] = MovingDigits(
+                images,
+                self.sequences[split],
+                past=self.past,
+                future=self.future,
+                size=self.size,
+                digits=self.digits,
+                speed=self.speed,
+                seed=self.seed,
+                split=split,
+                fresh=self.fresh and split == "train",
+            )
+
+    def windows(self, split: Split) -> MovingDigits:
+        return self._windows[split]
+
+    def references(self) -> Mapping[str, Oracle]:
+        return {"oracle": Oracle(self._windows["test"])}

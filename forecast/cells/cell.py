@@ -1,0 +1,118 @@
+"""What every recurrent cell is: a share of the gates from the input, another from the state, and a step.
+
+Axes: B batch, T time, C channels (of the input X or hidden), G gates, *space: none for vectors, up to D H W.
+"""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from forecast.errors import UserError
+
+State = tuple[Tensor, ...]
+"""What a cell carries from step to step, each B C *space; state[0] is the hidden state h, its output."""
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def linear_map(inputs: int, outputs: int, *, spatial_dims: int, kernel: int, bias: bool) -> nn.Module:
+    """The cell's W: a matrix for vectors, a convolution that keeps the size for fields."""
+    if spatial_dims == 0:
+        return nn.Linear(inputs, outputs, bias=bias)
+    if spatial_dims not in CONVOLUTIONS:
+        raise UserError(f"spatial_dims is {spatial_dims}; it must be 0 (vectors), 1, 2 or 3.")
+    if kernel % 2 == 0:
+        raise UserError(f"A recurrence needs kernels of odd size, so that fields keep theirs; received {kernel}.")
+    return CONVOLUTIONS[spatial_dims](inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+
+
+class Cell(nn.Module):
+    """One time step of a recurrence.
+
+    All gates come from one input map and one recurrent map. The bias sits on the recurrent map, so that a cell without
+    input (a forecaster's first layer) is the same cell with `input_channels=0`.
+
+    Args:
+        input_channels: channels of the input X; 0 for a cell that has no input.
+        hidden_channels: channels of the hidden state, C.
+        spatial_dims: 0 for vectors (Linear), 1, 2 or 3 for fields (ConvNd).
+        input_kernel, recurrent_kernel: kernel sizes of the two maps, odd; vectors have none.
+        learned_initial_state: one trainable number per channel, and the same at each place, instead of zeros.
+        gates: how many maps of C channels the input map gives.
+        recurrent_gates: how many the recurrent map gives, where that differs.
+        input_bias: whether the input map has a bias as well.
+    """
+
+    states: ClassVar[int] = 1
+    """How many tensors the state has."""
+
+    def __init__(
+        self,
+        input_channels: int,
+        hidden_channels: int,
+        *,
+        spatial_dims: int = 0,
+        input_kernel: int = 3,
+        recurrent_kernel: int = 3,
+        learned_initial_state: bool = False,
+        gates: int = 1,
+        recurrent_gates: int | None = None,
+        input_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.input_channels = input_channels
+        self.hidden_channels = hidden_channels
+        self.spatial_dims = spatial_dims
+        self.input_map = (
+            linear_map(
+                input_channels,
+                gates * hidden_channels,
+                spatial_dims=spatial_dims,
+                kernel=input_kernel,
+                bias=input_bias,
+            )
+            if input_channels
+            else None
+        )
+        self.recurrent_map = linear_map(
+            hidden_channels,
+            (gates if recurrent_gates is None else recurrent_gates) * hidden_channels,
+            spatial_dims=spatial_dims,
+            kernel=recurrent_kernel,
+            bias=True,
+        )
+        self.initial = nn.Parameter(torch.zeros(self.states, hidden_channels)) if learned_initial_state else None
+
+    def project(self, x: Float[Tensor, "B T X *space"] | None) -> Float[Tensor, "B T GC *space"] | None:
+        """The input's share of every gate, for all time steps at once; None where there is no input."""
+        if (x is None) != (self.input_map is None):
+            raise ValueError(
+                f"A cell with {self.input_channels} input channels was given {'no input' if x is None else 'an input'}."
+            )
+        if x is None or self.input_map is None:
+            return None
+        return self.input_map(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    @abstractmethod
+    def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
+        """One step in time: the input's share of the gates and the state -> the next state."""
+
+    def initial_state(self, batch: int, space: tuple[int, ...], like: Tensor) -> State:
+        """The state before the first step, with the device and dtype of `like`."""
+        shape = (batch, self.hidden_channels, *space)
+        if self.initial is None:
+            return tuple(like.new_zeros(shape) for _ in range(self.states))
+        ones = (1,) * len(space)
+        return tuple(row.to(like.dtype).view(1, -1, *ones).expand(shape) for row in self.initial)
+
+    def add_input(self, projected: Tensor | None, recurrent: Tensor) -> Tensor:
+        """The gates' sum, or the recurrent share alone where there is no input."""
+        return recurrent if projected is None else projected + recurrent
+
+
+def per_channel(weight: Tensor, field: Tensor) -> Tensor:
+    """A weight of C numbers, shaped to multiply a field B C *space."""
+    return weight.view(1, -1, *(1,) * (field.dim() - 2))

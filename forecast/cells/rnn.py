@@ -1,0 +1,51 @@
+"""The plain recurrent cell, for vectors and for fields."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forecast.cells.cell import Cell, State
+from forecast.errors import UserError
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+class RNN(Cell):
+    """h(t) = act(W_x * x(t) + W_h * h(t-1) + b).
+
+    `*` is a matrix product for `spatial_dims=0`, a convolution otherwise. With `activation="tanh"` and vectors this is
+    torch.nn.RNN with the sum of its two biases.
+
+    Reference: Elman (1990), Cognitive Science 14, 179, doi 10.1207/s15516709cog1402_1.
+
+    Args:
+        activation: "tanh" or "relu".
+        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state: see `Cell`.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        hidden_channels: int,
+        *,
+        spatial_dims: int = 0,
+        input_kernel: int = 3,
+        recurrent_kernel: int = 3,
+        learned_initial_state: bool = False,
+        activation: str = "tanh",
+    ) -> None:
+        super().__init__(
+            input_channels,
+            hidden_channels,
+            spatial_dims=spatial_dims,
+            input_kernel=input_kernel,
+            recurrent_kernel=recurrent_kernel,
+            learned_initial_state=learned_initial_state,
+        )
+        if activation not in ACTIVATIONS:
+            raise UserError(f"Unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
+        self.activation = ACTIVATIONS[activation]
+
+    def step(self, projected: Float[Tensor, "B C *space"] | None, state: State) -> State:
+        (h,) = state
+        return (self.activation(self.add_input(projected, self.recurrent_map(h))),)

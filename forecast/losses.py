@@ -1,0 +1,141 @@
+"""Losses, all masked: a pixel that is missing, or a sample that is padding, weighs nothing.
+
+Axes: B batch, S forecast steps, C channels, K head channels, H W space.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forecast.errors import UserError
+from forecast.heads import Bernoulli, Head
+
+REDUCTIONS = ("pixel", "frame", "sequence")
+
+
+class Loss(nn.Module):
+    """A sum over pixels of some cost, averaged over what is valid.
+
+    Args:
+        head: what the raw numbers mean.
+        reduction: "pixel": the mean over valid pixels. "frame" and "sequence": that mean times the number of pixels of
+            a frame (of a sequence), so the sum over its pixels where all are valid; the papers' losses are such sums.
+    """
+
+    def __init__(self, head: Head, reduction: str = "pixel") -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise UserError(f"Unknown loss.reduction {reduction!r}; choose one of {', '.join(REDUCTIONS)}.")
+        self.head = head
+        self.reduction = reduction
+
+    @abstractmethod
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        """The cost of each pixel, B S C H W."""
+
+    def forward(
+        self,
+        raw: Float[Tensor, "B S K H W"],
+        target: Float[Tensor, "B S C H W"],
+        valid: Bool[Tensor, "B S C H W"],
+        physical: Float[Tensor, "B S C H W"],
+    ) -> Float[Tensor, ""]:
+        """Scores a raw forecast.
+
+        Args:
+            raw: what the network answers.
+            target: the truth in model space.
+            valid: where the truth is known.
+            physical: the truth in physical units; weights are chosen on it.
+        """
+        cost = torch.where(valid, self.cost(raw.float(), target, physical), 0.0)
+        mean = cost.sum() / valid.sum().clamp_min(1)
+        if self.reduction == "pixel":
+            return mean
+        return mean * (target[0, 0].numel() if self.reduction == "frame" else target[0].numel())
+
+
+class MeanSquaredError(Loss):
+    """(forecast - truth)^2 in model space."""
+
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        return (self.head.point(raw) - target).square()
+
+
+class MeanAbsoluteError(Loss):
+    """|forecast - truth| in model space."""
+
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        return (self.head.point(raw) - target).abs()
+
+
+class CrossEntropy(Loss):
+    """-(t log p + (1 - t) log(1 - p)) for frames t in [0, 1], with p the sigmoid of the raw number.
+
+    Shi et al. (2015, arXiv 1506.04214) print its sum over a sequence: `reduction: sequence`. Goes with `heads.Bernoulli`.
+    """
+
+    def __init__(self, head: Head, reduction: str = "pixel") -> None:
+        super().__init__(head, reduction)
+        if not isinstance(head, Bernoulli):
+            raise UserError(
+                f"The cross-entropy loss needs the head forecast.heads.Bernoulli, but model.head is {type(head).__name__}; "
+                "set model.head._target_=forecast.heads.Bernoulli."
+            )
+
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        if target.min() < 0 or target.max() > 1:
+            raise UserError("The cross-entropy loss takes frames in [0, 1]; use loss=mse for this data.")
+        return F.binary_cross_entropy_with_logits(raw, target, reduction="none")
+
+
+class Balanced(Loss):
+    """B-MSE and B-MAE: squared and absolute error, weighted by how hard it rains.
+
+        scale * mean of w(R) (mse (x - t)^2 + mae |x - t|)
+
+    w is chosen on the true rain R in physical units, the errors are in model space. With the default weights, the
+    transform `Decibel(relation=hko7)` and `reduction: frame` this is the loss of HKO-7 (Shi et al. 2017, arXiv 1706.03458):
+    weights 1, 2, 5, 10, 30 at and above 0.5 (1 below), 2, 5, 10 and 30 mm/h. It over-forecasts: watch the frequency bias.
+
+    Args:
+        thresholds: in the units of the data, ascending.
+        weights: at and above each threshold; below the first the weight is 1.
+        mse, mae: share of the squared and of the absolute error.
+        scale: of the whole; HKO-7 has 1e-5 to keep sums over frames small.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        reduction: str = "pixel",
+        thresholds: Sequence[float] = (0.5, 2.0, 5.0, 10.0, 30.0),
+        weights: Sequence[float] = (1.0, 2.0, 5.0, 10.0, 30.0),
+        mse: float = 1.0,
+        mae: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(head, reduction)
+        if len(thresholds) != len(weights) or list(thresholds) != sorted(thresholds):
+            raise UserError(
+                f"loss.thresholds must ascend and have one of loss.weights each; received {list(thresholds)} and "
+                f"{list(weights)}."
+            )
+        self.register_buffer("thresholds", torch.tensor(list(thresholds)), persistent=False)
+        self.register_buffer("weights", torch.tensor([1.0, *weights]), persistent=False)
+        self.mse = mse
+        self.mae = mae
+        self.scale = scale
+
+    thresholds: Tensor
+    weights: Tensor
+
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        error = self.head.point(raw) - target
+        # right=True counts the thresholds that are at or below the value: `>=`, as everywhere.
+        weight = self.weights[torch.bucketize(physical, self.thresholds, right=True)]
+        return self.scale * weight * (self.mse * error.square() + self.mae * error.abs())

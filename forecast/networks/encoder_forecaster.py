@@ -1,0 +1,234 @@
+"""The ConvLSTM encoder-forecaster in its two published forms, with any convolutional cell.
+
+Axes: B batch, T past frames, S forecast frames, X input channels, K head channels, C hidden channels, H W space.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forecast.cells.cell import State
+from forecast.errors import UserError
+from forecast.networks.network import CellFactory, Output, per_layer, refuse_feedback
+from forecast.recurrence import Layer, Stack, each_frame, restart
+
+SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """A strided convolution on the way down, or its transpose on the way up."""
+
+    channels: int
+    """It gives."""
+    kernel: int
+    stride: int
+    padding: int
+
+    @classmethod
+    def read(cls, name: str, given: Mapping[str, Any]) -> "Resampling":
+        if set(given) != set(cls.__dataclass_fields__):
+            raise UserError(
+                f"model.network.{name} has the keys {', '.join(map(str, given)) or '(none)'}; "
+                f"it takes just {', '.join(cls.__dataclass_fields__)}."
+            )
+        return cls(**given)
+
+    def down(self, inputs: int) -> nn.Module:
+        convolution = nn.Conv2d(inputs, self.channels, self.kernel, self.stride, self.padding)
+        return nn.Sequential(convolution, nn.LeakyReLU(SLOPE))
+
+    def up(self, inputs: int) -> nn.Module:
+        transposed = nn.ConvTranspose2d(inputs, self.channels, self.kernel, self.stride, self.padding, bias=False)
+        return nn.Sequential(transposed, nn.LeakyReLU(SLOPE))
+
+    def size_down(self, size: int) -> int:
+        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    def size_up(self, size: int) -> int:
+        return (size - 1) * self.stride - 2 * self.padding + self.kernel
+
+
+class EncoderForecaster(nn.Module):
+    """Reads the past into the states of a stack of recurrent layers; a second stack, started from them, forecasts.
+
+    The **2015 form** (Shi et al. 2015, arXiv 1506.04214; `down` and `up` absent): frames are cut into patches that become
+    channels, all layers have the patches' resolution, the forecaster's layers stand in the encoder's order and take over
+    their states, its first layer has no input, and a 1x1 convolution reads the hidden states of all its layers.
+
+    The **2017 form** (Shi et al. 2017, arXiv 1706.03458; `down` and `up` given): a strided convolution before each encoder
+    layer and its transpose after each forecaster layer, the forecaster in reverse order from the coarsest layer, which
+    has no input; then 3x3 convolutions (`refine`) and a 1x1 convolution at full resolution.
+
+    Frames of any size are taken: they are continued at the lower and right edge to the next size that divides, and the
+    forecast is cut back. Any T, any S; the number of parameters depends on neither.
+
+    Args:
+        cell: class of the recurrent cell with its options.
+        hidden: C of each layer, first (finest) layer first.
+        input_kernel, recurrent_kernel: of the cells, for all layers or for each.
+        patch: side of the patches that become channels (1: pixels as they are).
+        down, up: `Resampling` of each layer, finest first; both or neither.
+        refine: channels of the 3x3 convolutions after the last up-sampling.
+        coordinates: give every frame three more channels: x and y from -1 to 1, and ones (HKO-7 does).
+        inputs: channels of a past frame, static fields included.
+        outputs: channels that the head wants, K.
+    """
+
+    frame_size = None
+    streams = True
+
+    def __init__(
+        self,
+        cell: CellFactory,
+        hidden: Sequence[int],
+        *,
+        inputs: int,
+        outputs: int,
+        input_kernel: int | Sequence[int] = 3,
+        recurrent_kernel: int | Sequence[int] = 3,
+        patch: int = 1,
+        down: Sequence[Mapping[str, Any]] | None = None,
+        up: Sequence[Mapping[str, Any]] | None = None,
+        refine: Sequence[int] = (),
+        coordinates: bool = False,
+    ) -> None:
+        super().__init__()
+        depth = len(hidden)
+        if depth == 0 or min(hidden) < 1 or patch < 1:
+            raise UserError(f"An encoder-forecaster needs layers of 1 channel or more; received hidden={list(hidden)}.")
+        if (down is None) != (up is None):
+            raise UserError("model.network.down and model.network.up go together: give both or neither.")
+        if down is None and refine:
+            raise UserError(
+                "model.network.refine belongs to the form with down- and up-sampling; give down and up too."
+            )
+        self.patch = patch
+        self.coordinates = coordinates
+        input_kernels = per_layer(input_kernel, depth, "input_kernel")
+        recurrent_kernels = per_layer(recurrent_kernel, depth, "recurrent_kernel")
+        downs = [Resampling.read(f"down[{i}]", given) for i, given in enumerate(down or [])]
+        ups = [Resampling.read(f"up[{i}]", given) for i, given in enumerate(up or [])]
+        self.downs = downs
+        self.multiple = patch * prod(step.stride for step in downs)
+        self._check_geometry(depth, downs, ups)
+
+        def layer(i: int, channels: int, before: nn.Module | None = None) -> Layer:
+            made = cell(
+                input_channels=channels,
+                hidden_channels=hidden[i],
+                spatial_dims=2,
+                input_kernel=input_kernels[i],
+                recurrent_kernel=recurrent_kernels[i],
+            )
+            return Layer(made, before=before)
+
+        self.output: nn.Module
+        frame = (inputs + 3 * coordinates) * patch**2
+        below = [frame, *hidden[:-1]]
+        if downs:
+            steps = zip(below, downs, strict=True)
+            self.encoder = Stack([layer(i, step.channels, step.down(below)) for i, (below, step) in enumerate(steps)])
+            above = [(i, ups[i + 1], hidden[i + 1]) for i in reversed(range(depth - 1))]
+            self.forecaster = Stack(
+                [layer(depth - 1, 0), *(layer(i, step.channels, step.up(inputs_)) for i, step, inputs_ in above)]
+            )
+            widths = [ups[0].channels, *refine]
+            smooth = [
+                nn.Sequential(nn.Conv2d(width, wider, 3, padding=1), nn.LeakyReLU(SLOPE))
+                for width, wider in pairwise(widths)
+            ]
+            self.output = nn.Sequential(ups[0].up(hidden[0]), *smooth, nn.Conv2d(widths[-1], outputs * patch**2, 1))
+        else:
+            self.encoder = Stack([layer(i, channels) for i, channels in enumerate(below)])
+            self.forecaster = Stack([layer(i, channels) for i, channels in enumerate([0, *hidden[:-1]])])
+            self.output = nn.Conv2d(sum(hidden), outputs * patch**2, 1)
+
+    @staticmethod
+    def _check_geometry(depth: int, downs: Sequence[Resampling], ups: Sequence[Resampling]) -> None:
+        if not downs:
+            return
+        if len(downs) != depth or len(ups) != depth:
+            raise UserError(
+                f"There are {depth} layers, but {len(downs)} entries in model.network.down and {len(ups)} in "
+                "model.network.up; give one of each per layer."
+            )
+        size = 4 * prod(step.stride for step in downs)
+        for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            smaller = down.size_down(size)
+            if smaller * down.stride != size or up.size_up(smaller) != size:
+                raise UserError(
+                    f"model.network.down[{i}] takes {size} pixels to {smaller} and up[{i}] takes them to "
+                    f"{up.size_up(smaller)}; choose kernels and paddings that divide by the stride and come back."
+                )
+            size = smaller
+
+    def encode(
+        self,
+        past: Float[Tensor, "B T X H W"],
+        state: Sequence[State] | None = None,
+        first: Tensor | None = None,
+    ) -> list[State]:
+        """The state after the past, one per encoder layer."""
+        x = self._prepare(past)
+        if state is not None and first is not None:
+            fresh = self._initial(x)
+            state = [restart(new, old, first) for new, old in zip(fresh, state, strict=True)]
+        return self.encoder.sequence(x, state)[1]
+
+    def forecast(self, state: Sequence[State], steps: int, size: tuple[int, int]) -> Float[Tensor, "B S K H W"]:
+        """The raw output of S steps from the encoder's state, for frames of H x W pixels."""
+        begin = list(reversed(state)) if self.downs else list(state)
+        outputs, _ = self.forecaster.sequence(None, begin, steps)
+        read = outputs[-1] if self.downs else torch.cat(outputs, dim=2)
+        raw = each_frame(self.output, read)
+        return F.pixel_shuffle(raw, self.patch)[..., : size[0], : size[1]]
+
+    def forward(
+        self,
+        past: Float[Tensor, "B T P H W"],
+        steps: int,
+        *,
+        static: Float[Tensor, "B Q H W"],
+        state: Sequence[State] | None = None,
+        first: Tensor | None = None,
+        future: Tensor | None = None,
+        teach: Tensor | None = None,
+        feed: Callable[[Tensor], Tensor] | None = None,
+    ) -> Output:
+        """Past frames in model space -> raw output; the arguments are those of `Network`."""
+        refuse_feedback("The encoder-forecaster", teach, feed)
+        if static.shape[1]:
+            past = torch.cat([past, static.unsqueeze(1).expand(-1, past.shape[1], -1, -1, -1)], dim=2)
+        after = self.encode(past, state, first)
+        return Output(self.forecast(after, steps, (past.shape[-2], past.shape[-1])), after)
+
+    def _prepare(self, past: Tensor) -> Tensor:
+        """Adds coordinates, continues the frames to a size that divides, and cuts them into patches."""
+        B, T, _, H, W = past.shape
+        if self.coordinates:
+            y = torch.linspace(-1, 1, H, device=past.device, dtype=past.dtype).view(1, 1, 1, H, 1)
+            x = torch.linspace(-1, 1, W, device=past.device, dtype=past.dtype).view(1, 1, 1, 1, W)
+            fields = [field.expand(B, T, 1, H, W) for field in (x, y, torch.ones_like(y))]
+            past = torch.cat([past, *fields], dim=2)
+        right, lower = -W % self.multiple, -H % self.multiple
+        if right or lower:
+            past = F.pad(past.flatten(0, 1), (0, right, 0, lower), mode="replicate").unflatten(0, (B, T))
+        return F.pixel_unshuffle(past, self.patch)
+
+    def _initial(self, x: Tensor) -> list[State]:
+        """The states that a lane starts from."""
+        states: list[State] = []
+        H, W = x.shape[-2:]
+        for i, layer in enumerate(self.encoder.layers):
+            if self.downs:
+                H, W = self.downs[i].size_down(H), self.downs[i].size_down(W)
+            states.append(layer.initial_state(x.shape[0], (H, W), x))
+        return states

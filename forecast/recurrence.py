@@ -1,0 +1,162 @@
+"""Cells in time and in depth: unroll, layers that look one way or both, and stacks of them.
+
+Axes: B batch, T time, C channels, G gates, *space: none for vectors, up to D H W.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from forecast.cells.cell import Cell, State
+from forecast.errors import UserError
+
+
+def unroll(
+    cell: Cell, projected: Float[Tensor, "B T GC *space"] | None, state: State, steps: int
+) -> tuple[Float[Tensor, "B T C *space"], State]:
+    """Steps a cell through time: the plain reference, and the seam where a fast kernel enters.
+
+    Args:
+        cell: the cell.
+        projected: `cell.project` of the whole input; None for a cell without input.
+        state: the state before the first step.
+        steps: number of steps, T.
+
+    Returns:
+        The hidden state after each step, and the state after the last.
+    """
+    outputs = []
+    for t in range(steps):
+        state = cell.step(None if projected is None else projected[:, t], state)
+        outputs.append(state[0])
+    return torch.stack(outputs, dim=1), state
+
+
+def each_frame(module: nn.Module, x: Tensor) -> Tensor:
+    """A module that takes one frame, applied to B T frames at once."""
+    return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Layer(nn.Module):
+    """One recurrent layer: a map of each frame by itself (or none), then a recurrence through time.
+
+    With both directions the hidden states stand side by side in the channels, the forward ones first, and the state is
+    the forward cell's followed by the backward cell's.
+
+    Args:
+        forward_cell: reads from the first frame to the last.
+        backward_cell: reads from the last frame to the first.
+        before: applied to each frame first (down- or up-sampling between layers).
+    """
+
+    def __init__(
+        self,
+        forward_cell: Cell | None = None,
+        backward_cell: Cell | None = None,
+        *,
+        before: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if forward_cell is None and backward_cell is None:
+            raise UserError("A recurrent layer needs a forward cell, a backward cell or both.")
+        self.before = before
+        self.forward_cell = forward_cell
+        self.backward_cell = backward_cell
+
+    @property
+    def channels(self) -> int:
+        """Channels of the output."""
+        return sum(cell.hidden_channels for cell in (self.forward_cell, self.backward_cell) if cell is not None)
+
+    def initial_state(self, batch: int, space: tuple[int, ...], like: Tensor) -> State:
+        """The state before the first step, at the resolution of the recurrence."""
+        state: State = ()
+        for cell in (self.forward_cell, self.backward_cell):
+            if cell is not None:
+                state += cell.initial_state(batch, space, like)
+        return state
+
+    def sequence(self, x: Tensor | None, state: State | None, steps: int) -> tuple[Tensor, State]:
+        """B T X *space (or None) -> the hidden states B T C *space, and the last state."""
+        if x is not None and self.before is not None:
+            x = each_frame(self.before, x)
+        halves: list[Tensor] = []
+        last: State = ()
+        for cell, backward in ((self.forward_cell, False), (self.backward_cell, True)):
+            if cell is None:
+                continue
+            projected = cell.project(x.flip(1) if backward and x is not None else x)
+            if state is not None:
+                begin = state[len(last) : len(last) + cell.states]
+            elif projected is not None:
+                begin = cell.initial_state(projected.shape[0], tuple(projected.shape[3:]), projected)
+            else:
+                raise ValueError("A layer without input needs a state to start from.")
+            outputs, end = unroll(cell, projected, begin, steps)
+            halves.append(outputs.flip(1) if backward else outputs)
+            last += end
+        return (halves[0] if len(halves) == 1 else torch.cat(halves, dim=2)), last
+
+    def step(self, x: Tensor | None, state: State | None) -> tuple[Tensor, State]:
+        """B X *space (or None) -> the hidden state B C *space, and the state."""
+        if self.forward_cell is None or self.backward_cell is not None:
+            raise UserError("A layer that reads backward in time cannot step forward; use direction=forward.")
+        outputs, state = self.sequence(None if x is None else x.unsqueeze(1), state, 1)
+        return outputs[:, 0], state
+
+
+class Stack(nn.Module):
+    """Recurrent layers on top of each other.
+
+    `sequence` goes layer by layer over a known input, all time steps of a layer at once where that is possible; `step`
+    goes through all layers for one time, for outputs that are fed back. They give the same numbers.
+    """
+
+    layers: Sequence[Layer]
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # a ModuleList that holds Layers only
+
+    def sequence(
+        self, x: Tensor | None, states: Sequence[State] | None = None, steps: int | None = None
+    ) -> tuple[list[Tensor], list[State]]:
+        """Runs through known input.
+
+        Args:
+            x: B T X *space; None where the first layer has no input.
+            states: of each layer before the first step; None starts from the cells' initial states.
+            steps: number of steps, needed only where there is no input.
+
+        Returns:
+            The hidden states B T C *space of every layer, first layer first; and the last state of every layer.
+        """
+        if steps is None:
+            if x is None:
+                raise ValueError("Without input the number of steps must be given.")
+            steps = x.shape[1]
+        outputs, last = [], []
+        for depth, layer in enumerate(self.layers):
+            x, state = layer.sequence(x, None if states is None else states[depth], steps)
+            outputs.append(x)
+            last.append(state)
+        return outputs, last
+
+    def step(self, x: Tensor | None, states: Sequence[State] | None) -> tuple[list[Tensor], list[State]]:
+        """One time step: B X *space (or None) -> the hidden state of every layer, and the state of every layer."""
+        outputs, last = [], []
+        for depth, layer in enumerate(self.layers):
+            x, state = layer.step(x, None if states is None else states[depth])
+            outputs.append(x)
+            last.append(state)
+        return outputs, last
+
+
+def restart(initial: State, carried: State, first: Tensor) -> State:
+    """The state of lanes that go on, and the initial state of those that start anew (`first`, B bool)."""
+    return tuple(
+        torch.where(first.view(-1, *(1,) * (kept.dim() - 1)), fresh, kept)
+        for fresh, kept in zip(initial, carried, strict=True)
+    )
