@@ -1,0 +1,1 @@
+"""Forecasters that need no training: what a network has to beat."""

@@ -1,0 +1,257 @@
+"""The two figures of a run: one window forecast by every model, and the skill by lead time.
+
+Figures are made without pyplot: no global state, no display, and safe in a training process.
+
+Axes: T past frames, S forecast frames, C channels, H W space.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
+
+from forecast.units import Grid, Quantity
+
+# Drizzle in pale blue, so that what matters stands out; rain through green and yellow; hail in red and violet.
+_RADAR = (
+    "#d7e6f4", "#a9cde9", "#6aaedb", "#3787c4", "#2a9d8f", "#7fc15e",
+    "#f2e34c", "#f9b233", "#ee7326", "#d22d3a", "#99186b", "#55146e",
+)  # fmt: skip
+_LEVELS: Mapping[str, tuple[float, ...]] = {
+    "dBZ": (5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60),
+    "mm/h": (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
+}
+_MINUS = "\N{MINUS SIGN}"
+# Okabe and Ito's colours for all kinds of colour vision (jfly.uni-koeln.de/color), the yellow left out.
+_MODELS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# Any: the type that matplotlib gives to these spells out every key.
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.edgecolor": "0.4",
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.7,
+    "xtick.color": "0.3",
+    "ytick.color": "0.3",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+}
+
+
+def forecast_figure(
+    past: NDArray[Any],
+    truth: NDArray[Any],
+    valid: NDArray[Any],
+    forecasts: Mapping[str, NDArray[Any]],
+    quantity: Quantity,
+    cadence: int | None,
+    grid: Grid | None = None,
+) -> Figure:
+    """One window: what was observed on top, each model below, time from left to right.
+
+    Args:
+        past: T C H W, physical values; NaN where missing.
+        truth: S C H W, physical values.
+        valid: S C H W bool; other pixels of the truth are shown in grey.
+        forecasts: S C H W by model's name, in the order in which they are shown. First channels are shown.
+        quantity: chooses colours and levels: a radar scale for dBZ and mm/h, grey for numbers without units.
+        cadence: seconds between frames; None counts frames.
+        grid: sets which way is up and the shape of a pixel; None has the first row on top and square pixels.
+    """
+    observed = np.where(valid, truth, np.nan)
+    past_frames, lead_frames = _every(len(past), 3), _every(len(truth), 6)
+    colours, norm = _colours(quantity, observed)
+    aspect, origin = _shape(grid)
+
+    height, width = truth.shape[-2:]
+    columns = len(past_frames) + len(lead_frames)
+    rows = 1 + len(forecasts)
+    side = 1.35
+    with rc_context(_STYLE):
+        tall = side * float(np.clip(height / width * aspect, 0.4, 2.0))
+        layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+        figure = Figure(figsize=(side * columns + 1.5, tall * rows + 0.55), layout=layout)
+        # An empty column parts what was known from what was to come.
+        ratios = [1.0] * len(past_frames) + [0.12] + [1.0] * len(lead_frames)
+        cells = figure.add_gridspec(rows, columns + 1, width_ratios=ratios)
+        axes: list[Axes] = []
+
+        def show(row: int, column: int, frame: NDArray[Any]) -> Axes:
+            ax = figure.add_subplot(cells[row, column])
+            image = np.ma.masked_invalid(frame[0])
+            # Where pixels of the screen are the larger, colours are blended, not values: no rain that was not there.
+            ax.imshow(image, cmap=colours, norm=norm, origin=origin, aspect=aspect, interpolation_stage="rgba")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(visible=True, color="0.75")
+            axes.append(ax)
+            return ax
+
+        for column, frame in enumerate(past_frames):
+            ax = show(0, column, past[frame])
+            ax.set_title(_time(int(frame) + 1 - len(past), cadence), color="0.45")
+            if column == 0:
+                ax.set_ylabel("observed")
+        for column, frame in enumerate(lead_frames, start=len(past_frames) + 1):
+            show(0, column, observed[frame]).set_title(_time(int(frame) + 1, cadence))
+            for row, forecast in enumerate(forecasts.values(), start=1):
+                show(row, column, forecast[frame])
+        for row, name in enumerate(forecasts, start=1):
+            label = figure.add_subplot(cells[row, : len(past_frames)])
+            label.set_axis_off()
+            label.text(1.0, 0.5, name, ha="right", va="center", fontsize=10.5, transform=label.transAxes)
+            if row == len(forecasts) and np.isnan(observed).any():
+                label.legend([Patch(color=_missing(quantity))], ["no data"], loc="lower left", frameon=False)
+
+        bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.04, pad=0.015, aspect=14 * rows)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        bar.set_label(_axis_label(quantity.long_name, quantity.units))
+        if isinstance(norm, BoundaryNorm):
+            bar.set_ticks(list(norm.boundaries), labels=[f"{level:g}" for level in norm.boundaries])
+    return figure
+
+
+def skill_figure(skill: xr.Dataset) -> Figure:
+    """Scores by lead time, one line per model: values on top, then CSI and frequency bias by threshold.
+
+    Args:
+        skill: from `forecast.skill.Skill.dataset`.
+    """
+    thresholds = _every(skill.sizes["threshold"], 6)
+    models = [str(name) for name in skill["model"].values]
+    columns = max(3, len(thresholds))
+    # With one threshold, its CSI and its bias share a row.
+    rows = 1 + min(2, len(thresholds))
+    units = skill["threshold"].attrs["units"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(2.5 * columns + 0.4, 2.05 * rows + 0.75), layout="constrained")
+        cells = figure.add_gridspec(rows, columns)
+
+        def panel(row: int, column: int, scores: xr.DataArray, title: str) -> Axes:
+            ax = figure.add_subplot(cells[row, column])
+            for index, name in enumerate(models):
+                _line(ax, scores["lead_time"].values, scores.isel(model=index).values, name, index)
+            ax.set_title(title, loc="left")
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 6, 10], integer=True))
+            return ax
+
+        for column, name in enumerate(("mse", "mae", "correlation")):
+            score = skill[name]
+            ax = panel(0, column, score, str(score.attrs["long_name"]))
+            ax.set_ylabel(_axis_label({"correlation": "r"}.get(name, name.upper()), score.attrs["units"]))
+            if name == "correlation":
+                ax.set_ylim(min(0.0, _least(score) - 0.05), 1.02)
+            else:
+                ax.set_ylim(bottom=0.0)
+        legend = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*legend, loc="outside upper left", ncols=min(len(models), 6), frameon=False,
+                      labelcolor="linecolor", handlelength=1.8, columnspacing=1.6, fontsize=10.5)  # fmt: skip
+
+        limit = _bias_limit(skill["frequency_bias"])
+        for column, index in enumerate(thresholds):
+            chosen = skill.isel(threshold=index)
+            event = f"≥ {float(chosen['threshold']):g} {units}".removesuffix(" 1")
+            ax = panel(1, column, chosen["csi"], event)
+            ax.set_ylim(0.0, 1.02)
+            bias = panel(rows - 1, column + (rows == 2), chosen["frequency_bias"], event)
+            bias.set_yscale("log", base=2)
+            bias.set_ylim(1 / limit, limit)
+            bias.axhline(1.0, color="0.35", linewidth=0.9, zorder=1.5)
+            bias.yaxis.set_major_locator(FixedLocator([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]))
+            bias.yaxis.set_minor_locator(NullLocator())
+            bias.yaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+            )
+            if column == 0:
+                ax.set_ylabel("CSI")
+                bias.set_ylabel("frequency bias")
+        figure.supxlabel(_axis_label("lead time", skill["lead_time"].attrs["units"]), fontsize=9)
+        figure.align_ylabels()
+    return figure
+
+
+def _line(ax: Axes, lead_time: NDArray[Any], score: NDArray[Any], name: str, index: int) -> None:
+    # Colours come round after seven models, dashes tell the rounds apart.
+    dashes = ("-", "--", ":")[index // len(_MODELS) % 3]
+    marker = "o" if len(lead_time) <= 12 else ""
+    ax.plot(lead_time, score, dashes, marker=marker, color=_MODELS[index % len(_MODELS)], label=name, clip_on=True)
+
+
+def _every(frames: int, most: int) -> list[int]:
+    """Up to `most` of the frames 0 to frames-1: every n-th, and the last."""
+    return list(range(frames - 1, -1, -max(1, -(-frames // most))))[::-1]
+
+
+def _colours(quantity: Quantity, values: NDArray[Any]) -> tuple[Colormap, Normalize]:
+    """Colours and levels that a reader of that quantity expects."""
+    colours: Colormap
+    norm: Normalize
+    if quantity.units in _LEVELS:
+        levels = _LEVELS[quantity.units]
+        colours = LinearSegmentedColormap.from_list("radar", _RADAR, N=len(levels))
+        norm = BoundaryNorm(levels, len(levels), extend="max")
+    elif quantity.units == "1":
+        colours = LinearSegmentedColormap.from_list("grey", ("black", "white"))
+        norm = Normalize(0.0, 1.0)
+    else:
+        colours = LinearSegmentedColormap.from_list("sequence", ("#f7fbff", "#6baed6", "#08306b"))
+        finite = values[np.isfinite(values)]
+        norm = Normalize(finite.min(), finite.max()) if finite.size else Normalize(0.0, 1.0)
+    return colours.with_extremes(bad=_missing(quantity), under="white" if quantity.units in _LEVELS else None), norm
+
+
+def _missing(quantity: Quantity) -> str:
+    """Grey, or slate where grey is a value."""
+    return "#5b7086" if quantity.units == "1" else "#b9b9b9"
+
+
+def _shape(grid: Grid | None) -> tuple[float, Literal["upper", "lower"]]:
+    """Height of a pixel over its width, and where the first row is drawn."""
+    if grid is None:
+        return 1.0, "upper"
+    rise, run = grid.spacing
+    aspect = abs(rise / run)
+    if grid.units == "degrees":
+        middle = grid.origin[0] + rise * (grid.size[0] - 1) / 2
+        aspect /= float(np.cos(np.deg2rad(middle)))
+    # Rows of an image count downwards, northings and latitudes upwards.
+    return aspect, "lower" if rise > 0 and grid.units != "pixel" else "upper"
+
+
+def _time(frame: int, cadence: int | None) -> str:
+    """The time of a frame after (before) the issue time, which is frame 0."""
+    if cadence is None:
+        return f"frame {frame:+d}".replace("-", _MINUS) if frame else "frame 0"
+    return f"{frame * cadence / 60:+g} min".replace("-", _MINUS) if frame else "issue time"
+
+
+def _axis_label(name: str, units: str) -> str:
+    for plain, raised in (("(mm/h)^2", "mm²/h²"), ("(dBZ)^2", "dBZ²"), ("^2", "²")):
+        units = units.replace(plain, raised)
+    return name if units == "1" else f"{name} ({units})"
+
+
+def _least(score: xr.DataArray) -> float:
+    finite = score.values[np.isfinite(score.values)]
+    return float(finite.min()) if finite.size else 0.0
+
+
+def _bias_limit(bias: xr.DataArray) -> float:
+    """The same axis for all panels, equally far above and below 1: from 2 to 8."""
+    values = bias.values[np.isfinite(bias.values) & (bias.values > 0)]
+    away = np.abs(np.log2(values)).max() if values.size else 1.0
+    return float(2 ** np.clip(np.ceil(away), 1, 3))
