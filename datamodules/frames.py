@@ -67,6 +67,10 @@ class FrameData(pl.LightningDataModule):
         self.seed = seed
 
     @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Opens and checks everything; a second call does nothing."""
+
+    @abstractmethod
     def windows(self, split: Split) -> Windows:
         """The windows of that split; the same object at each call."""
 
