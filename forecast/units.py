@@ -5,7 +5,7 @@ Everything here is frozen and holds plain numbers only, so that it can be stored
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class ZR:
         """mm/h -> dBZ; no rain gives minus infinity."""
         return 10 * torch.log10(self.a * rain_rate.clamp_min(0).pow(self.b))
 
+
+NO_ECHO = -10.0
+"""dBZ; at and below it no relation gives rain."""
 
 Z_R_RELATIONS: Mapping[str, ZR] = {
     "marshall_palmer": ZR(200.0, 1.6),  # Marshall, Langille, Palmer (1947), J. Meteor. 4, 186
@@ -54,8 +57,8 @@ def z_r_relation(name: str) -> ZR:
 class Quantity:
     """What the numbers of an archive mean, and how they become physical values.
 
-    values = scale * packed + offset, then by `relation` from dBZ to mm/h where one is named. A packed number equal to
-    `missing`, and NaN, are invalid. Values below `floor` (no echo, no rain) are set to it.
+    values = scale * packed + offset, then by `relation` from dBZ to mm/h where one is named (no rain at NO_ECHO). A packed
+    number equal to `missing`, and NaN, are invalid. Values below `floor` (no echo, no rain) are set to it.
     """
 
     name: str
@@ -79,7 +82,7 @@ class Quantity:
             valid = valid & (packed != self.missing)
         values = packed.float() * self.scale + self.offset
         if self.relation is not None:
-            values = self.relation.rain_rate(values)
+            values = torch.where(values > NO_ECHO, self.relation.rain_rate(values), 0.0)
         # The comparison is on `values > floor`, so that NaN becomes the floor as well.
         return torch.where(valid & (values > self.floor), values, self.floor), valid
 
@@ -152,7 +155,7 @@ class Decibel:
     """
 
     relation: str = "marshall_palmer"
-    low: float = -10.0
+    low: float = NO_ECHO
     high: float = 60.0
 
     def forward(self, values: Tensor) -> Tensor:
@@ -187,3 +190,17 @@ def default_transform(quantity: Quantity) -> Transform:
         names = [name for name, relation in Z_R_RELATIONS.items() if relation == quantity.relation]
         return Decibel(relation=names[0] if names else "marshall_palmer")
     return Linear()
+
+
+TRANSFORMS: Mapping[str, type] = {"Linear": Linear, "Decibel": Decibel, "Log": Log}
+
+
+def transform_to_dict(transform: Transform) -> dict[str, Any]:
+    """A transform of this module as plain values, its class under "kind"."""
+    return {"kind": type(transform).__name__, **vars(transform)}
+
+
+def transform_from_dict(stored: Mapping[str, Any]) -> Transform:
+    """The transform that `transform_to_dict` wrote."""
+    arguments = {name: value for name, value in stored.items() if name != "kind"}
+    return cast(Transform, TRANSFORMS[stored["kind"]](**arguments))

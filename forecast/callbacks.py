@@ -1,0 +1,62 @@
+"""What happens beside training: the report of a test."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from forecast import report
+from forecast.module import NowcastModule, Scored
+from forecast.skill import table
+
+
+class Report(pl.Callback):
+    """Writes skill.nc, skill.csv and the figures after a test, and prints the table by lead time.
+
+    The window that is shown is the one whose truth has the largest mean: the heaviest rain.
+
+    Args:
+        folder: where the files go.
+        threshold: the event of the table's categorical scores; None takes the quantity's middle one.
+    """
+
+    def __init__(self, folder: str, threshold: float | None = None) -> None:
+        self.folder = Path(folder)
+        self.threshold = threshold
+        self._sample: report.Sample | None = None
+        self._most = float("-inf")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Scored,  # type: ignore[override]  # what our test_step returns
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        mean = torch.where(batch.block >= 0, outputs["truth"].flatten(1).mean(1), float("-inf"))
+        window = int(mean.argmax())
+        if float(mean[window]) > self._most:
+            self._most = float(mean[window])
+            self._sample = report.Sample(
+                past=_numpy(torch.where(outputs["known"][window], outputs["past"][window], torch.nan)),
+                truth=_numpy(outputs["truth"][window]),
+                valid=_numpy(outputs["valid"][window]),
+                forecasts={name: _numpy(forecast.mean[window]) for name, forecast in outputs["forecasts"].items()},
+            )
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, NowcastModule)
+        skill = pl_module.test_skill.dataset()
+        if trainer.is_global_zero:
+            report.write(self.folder, skill, self._sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
+            Console().print(table(skill, self.threshold))
+            Console().print(f"Written to {self.folder}: skill.nc, skill.csv, figures/")
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()

@@ -1,0 +1,135 @@
+"""What a checkpoint carries beside its weights, and how a Forecaster is rebuilt from it.
+
+A checkpoint holds tensors and plain containers only, and is read with `weights_only=True`: opening one runs no code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from forecast.config import build_network
+from forecast.errors import UserError
+from forecast.forecaster import NetworkForecaster
+from forecast.units import Grid, Quantity, transform_from_dict, transform_to_dict
+
+KEY = "stormcell"
+TRUSTED = ("forecast.", "torch.nn.")  # where the classes that a checkpoint names may live
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is needed to rebuild a forecaster and to know what it was trained on. Plain containers only."""
+
+    model: Mapping[str, Any]
+    """The `model` part of the configuration."""
+    quantity: Mapping[str, Any]
+    grid: Mapping[str, Any]
+    transform: Mapping[str, Any]
+    cadence: int | None
+    past: int
+    future: int
+    static_channels: int
+    config: Mapping[str, Any]
+    """The whole resolved configuration."""
+    version: str
+    """Of stormcell."""
+
+
+def card(config: DictConfig, data: Any) -> Card:
+    """The card of a run: its configuration and its datamodule (a `datamodules.frames.FrameData`)."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return Card(
+        model=plain["model"],
+        quantity=data.quantity.to_dict(),
+        grid=data.grid.to_dict(),
+        transform=transform_to_dict(data.transform),
+        cadence=data.cadence,
+        past=data.past,
+        future=data.future,
+        static_channels=data.static_channels,
+        config={str(key): value for key, value in plain.items()},
+        version=version("stormcell"),
+    )
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content.
+
+    Raises:
+        UserError: there is no such file, or it is not a checkpoint of ours.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no checkpoint {path}; a run keeps its own in checkpoints/best.ckpt and last.ckpt.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{path} is not a whole checkpoint of tensors and plain values: {reason}") from None
+    if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
+        raise UserError(f"{path} is not a checkpoint of stormcell.")
+    return content
+
+
+def check_matches(path: str | Path, now: Card) -> None:
+    """Refuses to load a checkpoint into another network, or onto another quantity.
+
+    Raises:
+        UserError: it does not fit; the sentence names the first difference.
+    """
+    then = read(path)[KEY]
+    for part in ("model", "quantity", "transform", "cadence", "static_channels"):
+        before, after = then[part], getattr(now, part)
+        if before != after:
+            name, old, new = _difference(part, before, after)
+            raise UserError(f"{path} was trained with {name}={old}, but this run has {name}={new}; make them equal.")
+
+
+def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
+    """Rebuilds the forecaster of a checkpoint, in evaluation mode, with what is known of it.
+
+    Raises:
+        UserError: the file is none of ours, or names classes from elsewhere.
+    """
+    content = read(path)
+    known = Card(**content[KEY])
+    _check_trusted(known.model)
+    grid = Grid.from_dict(known.grid)
+    network, head = build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
+    forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform))
+    prefix = "forecaster."
+    weights = {name: value for name, value in content["state_dict"].items() if name.startswith(prefix)}
+    forecaster.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+    return forecaster.eval(), known
+
+
+def quantity_of(known: Card) -> Quantity:
+    """The quantity that the forecaster of this card speaks of."""
+    return Quantity.from_dict(known.quantity)
+
+
+def _check_trusted(node: Any) -> None:
+    """A checkpoint from a stranger must not choose which code runs."""
+    if isinstance(node, Mapping):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(TRUSTED):
+            raise UserError(f"The checkpoint names the class {target}; only those of {', '.join(TRUSTED)} are built.")
+        for value in node.values():
+            _check_trusted(value)
+    elif isinstance(node, list):
+        for value in node:
+            _check_trusted(value)
+
+
+def _difference(name: str, before: Any, after: Any) -> tuple[str, Any, Any]:
+    """The first place where two nested mappings differ."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys([*before, *after]):
+            if before.get(key) != after.get(key):
+                return _difference(f"{name}.{key}", before.get(key), after.get(key))
+    return name, before, after

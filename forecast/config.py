@@ -1,0 +1,323 @@
+"""The configuration: its typed top level, the checks before anything runs, and the one place that builds from it.
+
+A part of the configuration with a `_target_` names a class; its other keys are arguments of that class's constructor, by
+name, and nothing else. So every key is read by somebody, and a key nobody knows is refused with a sentence.
+"""
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pydantic
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from forecast.errors import UserError
+
+RUNS = ("fit", "test", "describe")
+SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+
+@dataclass
+class Monitor:
+    """The number that chooses the best checkpoint, and that a sweep looks at."""
+
+    metric: str = "validation/loss"
+    mode: str = "min"
+
+
+@dataclass
+class Model:
+    """A network with its head, or a baseline that has nothing to train."""
+
+    name: str = "???"
+    network: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+    baseline: dict[str, Any] | None = None
+
+
+@dataclass
+class Config:
+    """The top level of conf/train.yaml."""
+
+    run: str = "fit"
+    seed: int = 0
+    ckpt_path: str | None = None
+    folder: str = "."
+    monitor: Monitor = field(default_factory=Monitor)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: Model = field(default_factory=Model)
+    loss: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+ConfigStore.instance().store("schema", Config)
+
+
+def accept(conf: Path, overrides: Sequence[str]) -> list[str]:
+    """Checks the overrides of a command line before Hydra acts on them.
+
+    An argument that a class takes but its file in conf/ does not list can be given like any other (`trainer.max_time=...`).
+    In a sweep every value is tried once.
+
+    Returns:
+        The overrides as Hydra wants them.
+
+    Raises:
+        UserError: one of them is not right; the sentence says which and what would be.
+    """
+    accepted = list(overrides)
+    for trial in _trials(accepted):
+        for _ in range(len(trial) + 1):
+            try:
+                check(load(conf, trial))
+                break
+            except _UnlistedError as unlisted:
+                for given in (trial, accepted):
+                    given[:] = [f"++{one}" if one.startswith(f"{unlisted.key}=") else one for one in given]
+    return accepted
+
+
+def load(conf: Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """Composes conf/train.yaml with overrides.
+
+    Raises:
+        UserError: a key or a choice that does not exist, or text that is not an override.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            return compose("train", list(overrides))
+    except MissingConfigException as error:
+        raise UserError(_no_such_choice(error)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _sentence(error, conf, overrides) from None
+
+
+def check(config: DictConfig) -> None:
+    """Checks a composed configuration: choices, missing values, and every key and type against the classes they are for.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    missing = sorted(key for key in OmegaConf.missing_keys(config) if key != "folder")
+    if missing:
+        raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    if config.run not in RUNS:
+        raise UserError(f"run is {config.run!r}; it must be one of {', '.join(RUNS)}.")
+    if config.monitor.mode not in ("min", "max"):
+        raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
+    if (config.model.network is None) == (config.model.baseline is None):
+        raise UserError("A model is either a network or a baseline: set one of model.network and model.baseline.")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {_first_line(error)}.") from None
+    for path, node in _targets(plain, ()):
+        _check_arguments(".".join(path), node)
+
+
+def build(part: Mapping[str, Any] | DictConfig, **given: Any) -> Any:
+    """Builds what a part of the configuration names by `_target_`, and the parts inside it: the one place that does.
+
+    Args:
+        part: the part.
+        given: arguments that are known only now (sizes of the data); those that the class does not name are left out.
+
+    Raises:
+        UserError: what the class itself finds wrong, and a package that is not installed.
+    """
+    plain = OmegaConf.to_container(part, resolve=True) if isinstance(part, DictConfig) else dict(part)
+    assert isinstance(plain, dict)
+    names = inspect.signature(get_object(plain["_target_"])).parameters
+    try:
+        return instantiate(plain, _convert_="all", **{name: value for name, value in given.items() if name in names})
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        # A class of another package speaks for itself: Lightning's MisconfigurationException, torch's ValueError.
+        if isinstance(cause, (ValueError, ModuleNotFoundError)) or type(cause).__name__ == "MisconfigurationException":
+            raise UserError(f"{plain['_target_'].rpartition('.')[2]}: {_first_line(cause)}") from cause
+        raise
+
+
+def build_network(
+    model: DictConfig | Mapping[str, Any], *, channels: int, static_channels: int, size: Sequence[int]
+) -> Any:
+    """The network of a `model` part, with its head: (network, head).
+
+    Args:
+        model: has `network` and `head`.
+        channels: of a frame of the data.
+        static_channels: static fields, K.
+        size: H, W of the frames.
+    """
+    head = build(model["head"])
+    network = build(
+        model["network"],
+        inputs=channels + static_channels,
+        outputs=channels * head.channels,
+        frame_size=(size[0], size[1]),
+    )
+    return network, head
+
+
+class _UnlistedError(UserError):
+    """An argument that the class takes, but that its file does not list."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key} is an argument that the file does not list; give it as ++{key}=...")
+        self.key = key
+
+
+def _trials(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides with each value of a sweep once, instead of all their combinations."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(f"The command line has a mistake: {_first_line(error)}.") from None
+    values = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [text]
+        for one, text in zip(parsed, overrides, strict=True)
+    ]
+    first = [choices[0] for choices in values]
+    yield first
+    for position, choices in enumerate(values):
+        for choice in choices[1:]:
+            yield [*first[:position], choice, *first[position + 1 :]]
+
+
+def _sentence(error: Exception, conf: Path, overrides: Sequence[str]) -> UserError:
+    """Hydra's several lines about an override as one sentence."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        key = getattr(cause, "full_key", None)
+        if (
+            isinstance(cause, OmegaConfBaseException)
+            and key
+            and ("not in struct" in str(cause) or "not in '" in str(cause))
+        ):
+            return _unknown(str(key), conf, overrides)
+        if isinstance(cause, OmegaConfBaseException) and key:
+            return UserError(f"{key}: {_first_line(cause)}.")
+    return UserError(f"{_first_line(causes[-1])}.")
+
+
+def _unknown(key: str, conf: Path, overrides: Sequence[str]) -> UserError:
+    """What to say of a key that the configuration does not have."""
+    rest = [one for one in overrides if not one.lstrip("+~").startswith(f"{key}=")]
+    parent, _, last = key.rpartition(".")
+    try:
+        node = OmegaConf.select(load(conf, rest), parent) if parent else load(conf, rest)
+    except _UnlistedError:  # of another override: that one is put right first
+        raise
+    except UserError:
+        node = None
+    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    if isinstance(node, DictConfig) and "_target_" in node:
+        arguments = _arguments(key, str(node["_target_"]))
+        if last in arguments:
+            return _UnlistedError(key)
+        known = sorted({*known, *arguments} - {*SPECIAL})
+    return UserError(_no_such_key(parent or "the configuration", last, known))
+
+
+def _no_such_key(where: str, key: str, known: Sequence[str]) -> str:
+    return f"{where} has no key {key!r}; {_suggestion(key, known)}"
+
+
+def _no_such_choice(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    options = list(error.options or [])
+    return f"There is no {group}={choice}; {_suggestion(choice, options)}"
+
+
+def _suggestion(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _targets(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Every part that has a `_target_`, with where it stands."""
+    if isinstance(node, Mapping):
+        if node.get("_target_"):
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, (*path, str(key)))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from _targets(value, (*path, str(position)))
+
+
+def _arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:
+    """The constructor's arguments by name."""
+    try:
+        return inspect.signature(_find(where, target)).parameters
+    except ValueError:
+        return {}
+
+
+def _find(where: str, target: str) -> Callable[..., Any]:
+    try:
+        return get_object(target)
+    except Exception as error:
+        raise UserError(f"{where}._target_ is {target!r}, which cannot be imported: {_first_line(error)}.") from None
+
+
+def _check_arguments(where: str, node: Mapping[str, Any]) -> None:
+    """Holds the keys and values of a part against the constructor that they are for."""
+    target = _find(where, str(node["_target_"]))
+    parameters = _arguments(where, str(node["_target_"]))
+    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(function)
+    except Exception:  # a package's own annotations may not resolve; its keys are checked all the same
+        hints = {}
+    for key, value in node.items():
+        if key in SPECIAL:
+            continue
+        if key not in parameters and not anything:
+            raise UserError(_no_such_key(where, key, [name for name in parameters if name not in ("self", "kwargs")]))
+        if key in hints and not any(True for _ in _targets(value, ())):
+            _check_type(f"{where}.{key}", value, hints[key])
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    try:
+        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except Exception:  # a type that only its own package can check
+        return
+    try:
+        adapter.validate_json(
+            json.dumps(value)
+        )  # as JSON, so that a list will do for a tuple, but no text for a number
+    except pydantic.ValidationError as error:
+        wanted = getattr(hint, "__name__", None) if inspect.isclass(hint) else str(hint).replace("collections.abc.", "")
+        expected = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise UserError(
+            f"{where} is {value!r}, but must be {expected} ({str(wanted).replace('typing.', '')})."
+        ) from None

@@ -1,0 +1,58 @@
+"""What a run would be: its configuration, its sizes and its cost, without running it."""
+
+import copy
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.frames import SPLITS, FrameData
+from forecast.forecaster import NetworkForecaster
+from forecast.module import NowcastModule
+
+
+def multiply_adds(network: nn.Module, past: tuple[int, ...], static: tuple[int, ...], steps: int) -> int:
+    """Multiply-adds of convolutions and matrix products for one forecast.
+
+    Counted by torch on tensors without memory, so that it costs nothing at any size.
+
+    Args:
+        network: in model space.
+        past: shape of the past frames, 1 T C H W.
+        static: shape of the static fields, 1 K H W.
+        steps: frames to forecast, S.
+    """
+    weightless = copy.deepcopy(network).to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        weightless(torch.empty(past, device="meta"), steps, static=torch.empty(static, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None:
+    """Prints the resolved configuration, parameters, multiply-adds per forecast, and shapes."""
+    console = Console()
+    console.print(Syntax(OmegaConf.to_yaml(config, resolve=True), "yaml", background_color="default"))
+    H, W = data.grid.size
+    past, static = (1, data.past, 1, H, W), (1, data.static_channels, H, W)
+    rows = {
+        "quantity": f"{data.quantity.long_name} ({data.quantity.units}), events >= {data.quantity.thresholds}",
+        "past": " x ".join(map(str, past[1:])) + "  (T C H W)",
+        "future": " x ".join(map(str, (data.future, 1, H, W))) + "  (S C H W)",
+        **{
+            f"{split} windows": f"{len(data.windows(split)):,} in {data.windows(split).blocks:,} blocks"
+            for split in SPLITS
+        },
+    }
+    if isinstance(module.forecaster, NetworkForecaster):
+        network = module.forecaster.network
+        parameters = sum(weight.numel() for weight in network.parameters())
+        rows["parameters"] = f"{parameters:,}"
+        rows["multiply-adds per forecast"] = f"{multiply_adds(network, past, static, data.future):,}"
+    table = Table(title=config.model.name, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

@@ -1,0 +1,136 @@
+"""Train, test or describe a nowcaster: compose, check, build, fit, test the best, report.
+
+    python train.py                                          # moving digits, a ConvLSTM, a few minutes on a CPU
+    python train.py data=moving_mnist data.root=DIR          # Moving-MNIST
+    python train.py data=radar data.archive=FILE             # radar
+    python train.py run=describe model=convgru               # what it would be
+    python train.py run=test ckpt_path=RUN/checkpoints/best.ckpt
+    python train.py -m model=convlstm,lstm seed=0,1          # every combination, one after another
+
+Everything that can be set is in conf/; docs/quickstart.md leads through it.
+"""
+
+import os
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from datamodules.frames import FrameData
+from forecast import checkpoint, config
+from forecast.baselines.persistence import Persistence
+from forecast.describe import describe
+from forecast.errors import UserError
+from forecast.files import whole
+from forecast.forecaster import Forecaster, NetworkForecaster
+from forecast.module import NowcastModule
+
+CONF = Path(__file__).parent / "conf"
+CHANNELS = 1  # of a frame: the target quantity
+
+
+def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
+    """The LightningModule that a configuration asks for, on data that is set up."""
+    references: dict[str, Forecaster] = {"persistence": Persistence(), **data.references()}
+    forecaster: Forecaster
+    training: dict[str, Any] = {}
+    if cfg.model.network is None:
+        forecaster = config.build(cfg.model.baseline)
+    else:
+        network, head = config.build_network(
+            cfg.model, channels=CHANNELS, static_channels=data.static_channels, size=data.grid.size
+        )
+        forecaster = NetworkForecaster(network, head, data.transform)
+        training = {
+            "loss": config.build(cfg.loss, head=head),
+            "optimizer": config.build(cfg.optimizer),
+            "scheduler": config.build(cfg.scheduler),
+        }
+    references.pop(cfg.model.name, None)
+    return NowcastModule(
+        name=cfg.model.name,
+        forecaster=forecaster,
+        references=references,
+        quantity=data.quantity,
+        grid=data.grid,
+        cadence=data.cadence,
+        future=data.future,
+        blocks=data.windows("test").blocks,
+        card=asdict(checkpoint.card(cfg, data)),
+        **training,
+    )
+
+
+def train(cfg: DictConfig) -> float | None:
+    """One run, from a checked configuration to its report; the best value of the monitor."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: FrameData = config.build(cfg.data)
+    data.setup()
+    module = make_module(cfg, data)
+    if cfg.run == "describe":
+        describe(cfg, module, data)
+        return None
+    if cfg.ckpt_path is not None:
+        checkpoint.check_matches(cfg.ckpt_path, checkpoint.card(cfg, data))
+    trained = module.loss is not None
+    if cfg.run == "test" and trained and cfg.ckpt_path is None:
+        raise UserError("run=test scores a trained network; give its ckpt_path=RUN/checkpoints/best.ckpt.")
+    loggers = [config.build(part) for part in cfg.logger.values()]
+    callbacks = [config.build(part) for part in cfg.callbacks.values()]
+    trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
+    rank_zero_only(_write_config)(cfg)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    if cfg.run == "test" or not trained:
+        trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
+        return None
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    best = trainer.checkpoint_callback
+    if trainer.interrupted or best is None:
+        return None
+    trainer.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
+    score = getattr(best, "best_model_score", None)
+    return None if score is None else float(score)
+
+
+def _write_config(cfg: DictConfig) -> None:
+    with whole(Path(cfg.folder) / "config.yaml") as path:
+        path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def run(cfg: DictConfig) -> float | None:
+    """What Hydra calls, once for a run and once for each job of a sweep."""
+    cfg.folder = HydraConfig.get().runtime.output_dir
+    try:
+        config.check(cfg)
+        return train(cfg)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def main() -> None:
+    """The command line: every mistake in it is said in one sentence before anything runs."""
+    warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|does not have many workers).*")
+    given = get_args_parser().parse_args(sys.argv[1:])
+    launched_by_lightning = "LOCAL_RANK" in os.environ
+    if not (launched_by_lightning or given.help or given.hydra_help or given.info or given.shell_completion):
+        try:
+            accepted = config.accept(CONF, given.overrides)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
+        replaced = dict(zip(given.overrides, accepted, strict=True))
+        sys.argv[1:] = [replaced.get(one, one) for one in sys.argv[1:]]
+    run()
+
+
+if __name__ == "__main__":
+    main()
