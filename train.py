@@ -10,6 +10,7 @@
 Everything that can be set is in conf/; docs/quickstart.md leads through it.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -86,7 +87,7 @@ def train(cfg: DictConfig) -> float | None:
     loggers = [config.build(part) for part in cfg.logger.values()]
     callbacks = [config.build(part) for part in cfg.callbacks.values()]
     trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
-    rank_zero_only(_write_config)(cfg)
+    rank_zero_only(_begin)(cfg, trainer, module, data)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     if cfg.run == "test" or not trained:
@@ -101,9 +102,30 @@ def train(cfg: DictConfig) -> float | None:
     return None if score is None else float(score)
 
 
-def _write_config(cfg: DictConfig) -> None:
+def quieten() -> None:
+    """Keeps the console for what the user asked to know."""
+    # Lightning's advertisements and its account of the devices; its warnings still come through.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # batches are made faster than they are used, or data.workers says so
+        ".*LeafSpec.*",  # Lightning's own use of something in torch that will go
+        ".*exists and is not empty.*",  # a run folder is resumed into
+        ".*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> None:
+    """Writes config.yaml, and says in a line what begins."""
     with whole(Path(cfg.folder) / "config.yaml") as path:
         path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    parameters = sum(weight.numel() for weight in module.parameters())
+    sizes = " x ".join(map(str, data.grid.size))
+    device = f"{trainer.num_devices} {trainer.strategy.root_device.type}"
+    print(
+        f"{cfg.model.name}, {parameters:,} parameters: {data.past} -> {data.future} frames of {sizes}, "
+        f"{data.quantity.long_name} in {data.quantity.units}; on {device}; run folder {cfg.folder}"
+    )
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -119,7 +141,7 @@ def run(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """The command line: every mistake in it is said in one sentence before anything runs."""
-    warnings.filterwarnings("ignore", module="lightning", message=".*(num_workers|does not have many workers).*")
+    quieten()
     given = get_args_parser().parse_args(sys.argv[1:])
     launched_by_lightning = "LOCAL_RANK" in os.environ
     if not (launched_by_lightning or given.help or given.hydra_help or given.info or given.shell_completion):

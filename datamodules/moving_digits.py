@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.frames import SPLITS, FrameData, Split
+from datamodules.frames import SPLITS, FrameData, Split, Windows
 from datamodules.sampler import PADDING, Draw
 from forecast.batch import Batch, Forecast
 from forecast.errors import UserError
@@ -24,6 +24,20 @@ FRAMES = Quantity(name="intensity", long_name="pixel intensity", units="1", thre
 def bounce(position: NDArray[np.float64], span: float) -> NDArray[np.float64]:
     """Straight motion, folded back and forth between 0 and `span`: reflection at two walls."""
     return span - np.abs(np.mod(position, 2 * span) - span)
+
+
+def deal(frames: NDArray[np.uint8], positions: NDArray[np.int64], past: int) -> Batch:
+    """The batch of those frames, B L H W; each sequence is its own block, and `PADDING` among the positions is none."""
+    packed = torch.from_numpy(frames).unsqueeze(2)
+    sequence = torch.from_numpy(positions)
+    return Batch(
+        past=packed[:, :past],
+        future=packed[:, past:],
+        static=torch.zeros(len(positions), 0, *packed.shape[-2:]),
+        time=sequence.clamp_min(0),
+        block=torch.where(sequence == PADDING, -1, sequence),
+        first=torch.ones(len(positions), dtype=torch.bool),
+    )
 
 
 class MovingDigits:
@@ -75,16 +89,7 @@ class MovingDigits:
     def __getitem__(self, draw: Draw) -> Batch:
         positions = np.array(draw.positions)
         frames = self.sequences(np.maximum(positions, 0), draw.epoch if self.fresh else 0, self.past + self.future)
-        packed = torch.from_numpy(frames).unsqueeze(2)
-        sequence = torch.from_numpy(positions)
-        return Batch(
-            past=packed[:, : self.past],
-            future=packed[:, self.past :],
-            static=torch.zeros(len(positions), 0, self.size, self.size),
-            time=sequence.clamp_min(0),
-            block=torch.where(sequence == PADDING, -1, sequence),
-            first=torch.ones(len(positions), dtype=torch.bool),
-        )
+        return deal(frames, positions, self.past)
 
     def sequences(self, positions: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.uint8]:
         """Frames B L H W of the sequences at those positions, in all at once."""
@@ -150,8 +155,8 @@ class Oracle:
 class MovingDigitsData(FrameData):
     """The embedded default: scikit-learn's handwritten digits, real ones of 8 x 8 pixels, enlarged.
 
-    Digits for training, validation and test never mix: they are split by their place in the data set, whose later
-    writers are not the earlier ones.
+    Digits for training, validation and test never mix: they are split by their place in the data set, which holds no
+    image twice.
 
     Args:
         past, future, batch_size, workers, seed: see `FrameData`.
@@ -182,22 +187,23 @@ class MovingDigitsData(FrameData):
         fresh: bool = True,
     ) -> None:
         super().__init__(past, future, batch_size, workers, seed)
-        if not digit_size <= size:
-            raise UserError(f"data.digit_size is {digit_size} on a canvas of {size}; enlarge data.size.")
+        if not 1 <= digit_size < size:
+            raise UserError(f"Digits of {digit_size} pixels cannot move on a canvas of {size}; enlarge data.size.")
         if len(speed) != 2 or not 0 <= speed[0] <= speed[1]:
             raise UserError(f"data.speed is {list(speed)}; give the least and the greatest speed in pixels a frame.")
-        if digits < 1 or min(train, validation, test) < 1:
-            raise UserError("data.digits, data.train, data.validation and data.test must be at least 1.")
+        self.sequences: dict[Split, int] = {"train": train, "validation": validation, "test": test}
+        for name, value in {"digits": digits, **self.sequences}.items():
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1.")
         self.size = size
         self.digits = digits
         self.digit_size = digit_size
         self.speed = (float(speed[0]), float(speed[1]))
-        self.sequences = {"train": train, "validation": validation, "test": test}
         self.fresh = fresh
         self.quantity = FRAMES
         self.grid = Grid(size=(size, size))
         self.transform = Linear()
-        self._windows: dict[Split, MovingDigits] = {}
+        self._windows: dict[Split, Windows] = {}
 
     def images(self) -> Mapping[Split, NDArray[np.uint8]]:
         """The digits of each split, n D D uint8."""
@@ -225,8 +231,9 @@ class MovingDigitsData(FrameData):
                 fresh=self.fresh and split == "train",
             )
 
-    def windows(self, split: Split) -> MovingDigits:
+    def windows(self, split: Split) -> Windows:
         return self._windows[split]
 
     def references(self) -> Mapping[str, Oracle]:
-        return {"oracle": Oracle(self._windows["test"])}
+        test = self._windows["test"]
+        return {"oracle": Oracle(test)} if isinstance(test, MovingDigits) else {}

@@ -90,7 +90,8 @@ class NowcastModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss = self._loss(batch)[0]
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch.block))
+        self.log("train/loss", loss, batch_size=len(batch.block))
+        self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch.block))
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -106,9 +107,10 @@ class NowcastModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         skill = self.validation_skill.summary(self.name)
         self.validation_skill.reset()
-        first_csi = f"csi_{self.quantity.thresholds[0]:g}"
         for score, value in skill.items():
-            self.log(f"validation/{score}", value, prog_bar=score == first_csi)
+            self.log(f"validation/{score}", value)
+        middle = self.quantity.thresholds[len(self.quantity.thresholds) // 2]
+        self.log(f"csi {middle:g}", skill[f"csi_{middle:g}"], prog_bar=True, logger=False)
 
     def test_step(self, batch: Batch, batch_index: int) -> Scored:
         past, known = self.quantity.decode(batch.past)

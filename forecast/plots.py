@@ -192,8 +192,10 @@ def _line(ax: Axes, lead_time: NDArray[Any], score: NDArray[Any], name: str, ind
 
 
 def _every(frames: int, most: int) -> list[int]:
-    """Up to `most` of the frames 0 to frames-1: every n-th, and the last."""
-    return list(range(frames - 1, -1, -max(1, -(-frames // most))))[::-1]
+    """Up to `most` of the frames 0 to frames-1, evenly spread, with the first and the last."""
+    if frames <= most:
+        return list(range(frames))
+    return [round(i * (frames - 1) / (most - 1)) for i in range(most)]
 
 
 def _colours(quantity: Quantity, values: NDArray[Any]) -> tuple[Colormap, Normalize]:
