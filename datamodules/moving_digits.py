@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -98,13 +99,11 @@ class MovingDigits:
         time = np.arange(length)[:, None, None]  # against B L N 2
         corner = np.rint(bounce(start[:, None] + velocity[:, None] * time, span)).astype(np.intp)
         canvas = np.zeros((len(positions), length, self.size, self.size), np.uint8)
-        side = np.arange(self.images.shape[-1])
+        places = sliding_window_view(canvas, self.images.shape[1:], axis=(2, 3), writeable=True)  # B L y x D D
         b, frame = np.ogrid[: len(positions), :length]
         for n in range(self.digits):
-            y = corner[:, :, n, 0, None, None] + side[:, None]
-            x = corner[:, :, n, 1, None, None] + side
-            where = (b[..., None, None], frame[..., None, None], y, x)
-            canvas[where] = np.maximum(canvas[where], self.images[chosen[:, n]][:, None])
+            where = (b, frame, corner[:, :, n, 0], corner[:, :, n, 1])
+            places[where] = np.maximum(places[where], self.images[chosen[:, n], None])
         return canvas
 
     def _scenes(
@@ -192,7 +191,7 @@ class MovingDigitsData(FrameData):
         if len(speed) != 2 or not 0 <= speed[0] <= speed[1]:
             raise UserError(f"data.speed is {list(speed)}; give the least and the greatest speed in pixels a frame.")
         self.sequences: dict[Split, int] = {"train": train, "validation": validation, "test": test}
-        for name, value in {"digits": digits, **self.sequences}.items():
+        for name, value in (("digits", digits), ("train", train), ("validation", validation), ("test", test)):
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
         self.size = size

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pooch
+import pooch  # type: ignore[import-untyped]  # it ships no types
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
@@ -118,7 +118,9 @@ class RecordedDigits:
                 f"{self.FRAMES} frames; ask for fewer, or set data.test_file=null."
             )
         if sequences > N:
-            raise UserError(f"data.test is {sequences}, but data.test_file={path} has {N} sequences; set data.test={N}.")
+            raise UserError(
+                f"data.test is {sequences}, but data.test_file={path} has {N} sequences; set data.test={N}."
+            )
 
     def __len__(self) -> int:
         return self.blocks
@@ -220,7 +222,9 @@ class MovingMNISTData(MovingDigitsData):
         if self.test_file is None:
             super().setup(stage)
             if (self.root / RECORDED).exists():
-                rank_zero_info(f"The test split is made; data.test_file={self.root / RECORDED} would be the recorded one.")
+                rank_zero_info(
+                    f"The test split is made; data.test_file={self.root / RECORDED} would be the recorded one."
+                )
             return
         recorded = RecordedDigits(
             self.test_file, self.sequences["test"], past=self.past, future=self.future, size=self.size

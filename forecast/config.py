@@ -7,6 +7,7 @@ name, and nothing else. So every key is read by somebody, and a key nobody knows
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,11 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(config) if key != "folder")
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        missing = sorted(OmegaConf.missing_keys(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration cannot be resolved: {_first_line(error)}.") from None
     if missing:
         raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
     if config.run not in RUNS:
@@ -123,10 +128,6 @@ def check(config: DictConfig) -> None:
         raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
     if (config.model.network is None) == (config.model.baseline is None):
         raise UserError("A model is either a network or a baseline: set one of model.network and model.baseline.")
-    try:
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {_first_line(error)}.") from None
     for path, node in _targets(plain, ()):
         _check_arguments(".".join(path), node)
 
@@ -206,25 +207,21 @@ def _trials(overrides: Sequence[str]) -> Iterator[list[str]]:
 
 def _sentence(error: Exception, conf: Path, overrides: Sequence[str]) -> UserError:
     """Hydra's several lines about an override as one sentence."""
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
-        key = getattr(cause, "full_key", None)
-        if (
-            isinstance(cause, OmegaConfBaseException)
-            and key
-            and ("not in struct" in str(cause) or "not in '" in str(cause))
-        ):
-            return _unknown(str(key), conf, overrides)
-        if isinstance(cause, OmegaConfBaseException) and key:
-            return UserError(f"{key}: {_first_line(cause)}.")
-    return UserError(f"{_first_line(causes[-1])}.")
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    # Of a mistake in a file Hydra keeps the text alone, and puts a line of its own above it.
+    lines = str(error).strip().splitlines()
+    where = f"{lines.pop(0).partition(': ')[0]}: " if len(lines) > 1 and "raised while composing" in lines[0] else ""
+    key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), None)
+    if key and re.search(r"^Key '.*' (is not in struct|not in )", lines[0]):
+        told = _unknown(key, conf, overrides)
+        return told if isinstance(told, _UnlistedError) else UserError(f"{where}{told}")
+    return UserError(f"{where}{key + ': ' if key else ''}{lines[0].rstrip('.')}.")
 
 
 def _unknown(key: str, conf: Path, overrides: Sequence[str]) -> UserError:
     """What to say of a key that the configuration does not have."""
-    rest = [one for one in overrides if not one.lstrip("+~").startswith(f"{key}=")]
+    rest = [one for one in overrides if not one.lstrip("+~").startswith((f"{key}=", "experiment="))]
     parent, _, last = key.rpartition(".")
     try:
         node = OmegaConf.select(load(conf, rest), parent) if parent else load(conf, rest)

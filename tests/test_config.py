@@ -1,0 +1,121 @@
+"""The configuration: composes, refuses with a sentence, and builds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from forecast import config
+from forecast.errors import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def sentence(overrides: list[str]) -> str:
+    """What the user is told; it must be one line."""
+    with pytest.raises(UserError) as refused:
+        config.accept(CONF, overrides)
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.pst=3", "data has no key 'pst'; did you mean 'past'?"),
+        ("dta=radar", "did you mean 'data'?"),
+        ("model=convlsm", "There is no model=convlsm; did you mean 'convlstm'?"),
+        ("trainer.max_epoch=3", "did you mean 'max_epochs'?"),
+        ("trainer.max_epochs=many", "trainer.max_epochs is 'many'"),
+        ("model.network.cell.peepole=true", "did you mean 'peephole'?"),
+        ("model.network.hidden=[64,a]", "model.network.hidden is [64, 'a']"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
+        ("seed=x", "seed"),
+        ("run=fitt", "run is 'fitt'; it must be one of fit, test, describe."),
+        ("monitor.mode=up", "monitor.mode is 'up'"),
+        ("monitor.metrik=a", "did you mean 'metric'?"),
+        ("data=radar", "data.archive is not set"),
+        ("model.network=null", "either a network or a baseline"),
+        ("data.past=[", "The command line has a mistake"),
+        ("experiment=nothing", "There is no experiment=nothing"),
+        ("loss._target_=forecast.losses.MSE", "loss._target_ is 'forecast.losses.MSE', which cannot be imported"),
+        ("data.seed=${sed}", "cannot be resolved"),
+    ],
+)
+def test_mistake_is_answered_with_one_sentence_that_names_it(override: str, said: str) -> None:
+    assert said in sentence([override])
+
+
+def test_typo_in_an_experiment_file_is_refused(tmp_path: Path) -> None:
+    for directory in CONF.iterdir():
+        (tmp_path / directory.name).symlink_to(directory)
+    (tmp_path / "experiment").unlink()
+    (tmp_path / "experiment").mkdir()
+    for name, body, said in [
+        ("nested", "trainer: {max_epoch: 3}", "did you mean 'max_epochs'?"),
+        ("deep", "model: {network: {cell: {forget_bas: 3}}}", "did you mean 'forget_bias'?"),
+        ("top", "trainr: {max_epochs: 3}", "In 'experiment/top': .*did you mean 'trainer'?"),
+    ]:
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{body}\n")
+        with pytest.raises(UserError, match=said) as refused:
+            config.accept(tmp_path, [f"experiment={name}"])
+        assert "\n" not in str(refused.value)
+
+
+def test_argument_of_a_class_needs_no_plus() -> None:
+    given = ["trainer.fast_dev_run=true", "optimizer.amsgrad=true", "seed=3"]
+    assert config.accept(CONF, given) == ["++trainer.fast_dev_run=true", "++optimizer.amsgrad=true", "seed=3"]
+
+
+def test_sweep_tries_every_value_once() -> None:
+    swept = ["model=convlstm,lstm", "seed=0,1,2"]
+    assert config.accept(CONF, swept) == swept
+    assert "lsmt" in sentence(["model=convlstm,lsmt", "seed=0,1,2"])
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks", "experiment"]
+)
+def test_every_shipped_choice_is_valid(group: str) -> None:
+    needed = {"loss": {"cross_entropy": ["model.head._target_=forecast.heads.Bernoulli"]}}
+    for path in sorted((CONF / group).glob("*.yaml")):
+        overrides = [f"{group}={path.stem}", *needed.get(group, {}).get(path.stem, [])]
+        composed = config.load(CONF, overrides)
+        if OmegaConf.is_missing(composed.data, "archive"):
+            composed.data.archive = "archive.nc"
+        config.check(composed)
+
+
+def test_build_passes_on_what_the_class_names_and_nothing_else() -> None:
+    part = {"_target_": "forecast.units.Linear", "low": 2.0}
+    built = config.build(part, high=5.0, frame_size=(3, 3))
+    assert (built.low, built.high) == (2.0, 5.0)
+
+
+def test_build_repeats_the_sentence_of_the_class() -> None:
+    with pytest.raises(UserError, match=r"Unknown loss\.reduction 'half'"):
+        config.build(
+            OmegaConf.create({"_target_": "forecast.losses.MeanSquaredError", "reduction": "half", "head": None})
+        )
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *arguments, f"hydra.run.dir={folder}"]
+    return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_mistakes_end_the_command_without_traceback(tmp_path: Path) -> None:
+    for mistake in (
+        ["data.pst=3"],
+        ["data=radar", f"data.archive={tmp_path / 'none.nc'}"],
+        ["ckpt_path=nowhere.ckpt"],
+        ["run=test"],
+    ):
+        ended = run(*mistake, folder=tmp_path / "run")
+        assert ended.returncode != 0
+        assert "Traceback" not in ended.stderr + ended.stdout
+        assert ended.stderr.strip().splitlines()[-1].startswith("error: ")
+        assert not (tmp_path / "run" / "checkpoints").exists()
