@@ -124,6 +124,8 @@ def check(config: DictConfig) -> None:
         raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
     if config.run not in RUNS:
         raise UserError(f"run is {config.run!r}; it must be one of {', '.join(RUNS)}.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed is {config.seed}; it must be from 0 to {2**32 - 1}.")
     if config.monitor.mode not in ("min", "max"):
         raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
     if (config.model.network is None) == (config.model.baseline is None):

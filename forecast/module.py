@@ -98,11 +98,8 @@ class NowcastModule(pl.LightningModule):
         if self.loss is None:
             return
         loss, raw, truth, valid = self._loss(batch)
-        # Padded samples weigh nothing in the epoch's mean either.
-        self.log("validation/loss", loss, sync_dist=True, batch_size=max(1, int((batch.block >= 0).sum())))
-        assert isinstance(self.forecaster, NetworkForecaster)
-        forecast = self.forecaster.read(raw)
-        self.validation_skill.update(self.name, forecast, truth, valid, batch.block.clamp(max=0))
+        self._log_loss("validation", loss, batch)
+        self.validation_skill.update(self.name, self._network.read(raw), truth, valid, batch.block.clamp(max=0))
 
     def on_validation_epoch_end(self) -> None:
         skill = self.validation_skill.summary(self.name)
@@ -114,11 +111,19 @@ class NowcastModule(pl.LightningModule):
 
     def test_step(self, batch: Batch, batch_index: int) -> Scored:
         past, known = self.quantity.decode(batch.past)
-        truth, valid = self.quantity.decode(batch.future)
-        forecasts = {}
-        for name, forecaster in {self.name: self.forecaster, **self.references}.items():
+        forecasts: dict[str, Forecast] = {}
+        if self.loss is None:
+            truth, valid = self.quantity.decode(batch.future)
+            references = {self.name: self.forecaster, **self.references}
+        else:
+            loss, raw, truth, valid = self._loss(batch)
+            self._log_loss("test", loss, batch)
+            forecasts[self.name] = self._network.read(raw)
+            references = self.references
+        for name, forecaster in references.items():
             forecasts[name] = forecaster.predict(past, known, self.future, static=batch.static, time=batch.time)
-            self.test_skill.update(name, forecasts[name], truth, valid, batch.block)
+        for name, forecast in forecasts.items():
+            self.test_skill.update(name, forecast, truth, valid, batch.block)
         return Scored(past=past, known=known, truth=truth, valid=valid, forecasts=forecasts)
 
     def on_test_epoch_end(self) -> None:
@@ -137,6 +142,15 @@ class NowcastModule(pl.LightningModule):
         scheduler = self.scheduler(optimizer, **self._horizon(self.scheduler))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def _network(self) -> NetworkForecaster:
+        assert isinstance(self.forecaster, NetworkForecaster)
+        return self.forecaster
+
+    def _log_loss(self, split: str, loss: Tensor, batch: Batch) -> None:
+        """The epoch's mean, in which padded samples weigh nothing."""
+        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=max(1, int((batch.block >= 0).sum())))
+
     def _horizon(self, scheduler: SchedulerFactory) -> dict[str, int]:
         """The number of training steps, under the name that the scheduler has for it and that is not set."""
         given = scheduler.keywords if isinstance(scheduler, partial) else {}
@@ -152,12 +166,11 @@ class NowcastModule(pl.LightningModule):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, the raw forecast, and the truth with its mask in physical units."""
-        assert isinstance(self.forecaster, NetworkForecaster)
         assert self.loss is not None
         past, _ = self.quantity.decode(batch.past)
         truth, valid = self.quantity.decode(batch.future)
         valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
-        output = self.forecaster(past, self.future, batch.static)
+        output = self._network(past, self.future, batch.static)
         raw = output.raw[:, -self.future :].float()
-        loss = self.loss(raw, self.forecaster.transform.forward(truth), valid, truth)
+        loss = self.loss(raw, self._network.transform.forward(truth), valid, truth)
         return (loss if output.aux is None else loss + output.aux), raw.detach(), truth, valid

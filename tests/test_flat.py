@@ -103,7 +103,7 @@ def test_static_fields_are_channels_of_every_frame() -> None:
 
 
 def test_a_network_too_large_is_refused_with_its_size_and_the_way_out_before_it_is_built() -> None:
-    with pytest.raises(UserError, match=r"480 x 480 pixels has 59,\d+,\d+,\d+ parameters.*model\.network\.tile=64"):
+    with pytest.raises(UserError, match=r"480 x 480 pixels has 117,601,030,400 parameters.*model\.network\.tile=64"):
         FlatEncoderForecaster(LSTM, [50_000, 50_000], inputs=1, outputs=1, frame_size=(480, 480))
     exact = sum(weight.numel() for weight in make((4, 4)).parameters())
     cell = partial(LSTM, peephole=True, learned_initial_state=True)
