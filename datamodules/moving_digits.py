@@ -180,8 +180,8 @@ class MovingDigitsData(FrameData):
         digits: int = 2,
         digit_size: int = 16,
         speed: Sequence[float] = (2.0, 4.0),
-        train: int = 2000,
-        validation: int = 200,
+        train: int = 1000,
+        validation: int = 100,
         test: int = 500,
         fresh: bool = True,
     ) -> None:

@@ -116,7 +116,7 @@ def test_balanced_equals_hko7_pixel_by_pixel() -> None:
                 weight = heavier
         error = float(x.detach() - t)
         total += weight * (2 * error**2 + 3 * abs(error)) if known else 0
-    ours = Balanced(Point(), mse=2, mae=3, scale=1e-2)(raw, target, valid, rain)
+    ours = Balanced(Point(), mse=2.0, mae=3.0, scale=1e-2)(raw, target, valid, rain)
     assert float(ours.detach()) == pytest.approx(1e-2 * total / int(valid.sum()), rel=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_an_event_is_at_or_above_its_threshold() -> None:
     thresholds = torch.tensor([0.5, 2.0, 5.0, 10.0, 30.0])
     below = torch.nextafter(thresholds, torch.zeros(5))
     rain = torch.stack([thresholds, below]).view(1, 1, 1, 2, 5)
-    weighted = Balanced(Point(), mae=0).cost(torch.ones_like(rain), torch.zeros_like(rain), rain)
+    weighted = Balanced(Point(), mae=0.0).cost(torch.ones_like(rain), torch.zeros_like(rain), rain)
     assert weighted[0, 0, 0].tolist() == [[1, 2, 5, 10, 30], [1, 1, 2, 5, 10]]
 
 
@@ -142,8 +142,8 @@ def test_a_loss_is_counted_in_float32_whatever_the_network_gives(make: Make) -> 
             "Unknown loss.reduction 'sum'; choose one of pixel, frame, sequence",
         ),
         (lambda: CrossEntropy(Point()), "needs the head forecast.heads.Bernoulli, but model.head is Point"),
-        (lambda: Balanced(Point(), thresholds=[1, 2], weights=[1]), "must ascend and have one of loss.weights each"),
-        (lambda: Balanced(Point(), thresholds=[2, 1], weights=[1, 2]), "must ascend"),
+        (lambda: Balanced(Point(), thresholds=[1.0, 2.0], weights=[1.0]), "must ascend and have one of loss.weights each"),
+        (lambda: Balanced(Point(), thresholds=[2.0, 1.0], weights=[1.0, 2.0]), "must ascend"),
     ],
 )
 def test_wrong_choices_are_refused(make_wrong: Callable[[], Loss], message: str) -> None:

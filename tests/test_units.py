@@ -24,8 +24,8 @@ from forecast.units import (
     z_r_relation,
 )
 
-DBZ = Quantity("dbz", "reflectivity", "dBZ", (20.0,), floor=-10.0, scale=0.5, offset=-10.0, missing=255)
-RAIN = Quantity("rain", "rain rate", "mm/h", (0.5, 2.0), relation=ZR(200.0, 1.6), scale=0.5, offset=-10.0, missing=255)
+DBZ = Quantity("dbz", "reflectivity", "dBZ", (20.0,), floor=-10.0, scale=0.5, offset=-10.0, missing=255.0)
+RAIN = Quantity("rain", "rain rate", "mm/h", (0.5, 2.0), relation=ZR(200.0, 1.6), scale=0.5, offset=-10.0, missing=255.0)
 FLOATS = Quantity("rain", "rain rate", "mm/h", (0.5,))
 
 relations = pytest.mark.parametrize("relation", Z_R_RELATIONS)
@@ -97,7 +97,7 @@ def test_an_unknown_relation_is_refused_with_the_known_ones() -> None:
 
 @given(values=rates(-10, 80))
 def test_linear_inverts_from_its_low_end_on(values: list[float]) -> None:
-    back, there = back_and_forth(Linear(low=-10, high=60), values)
+    back, there = back_and_forth(Linear(low=-10.0, high=60.0), values)
     torch.testing.assert_close(back, there, rtol=1e-5, atol=1e-4)
 
 
@@ -115,13 +115,13 @@ def test_log_inverts_up_to_ten_times_its_high_end(values: list[float]) -> None:
     torch.testing.assert_close(back, there, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("transform", [Linear(0, 60), Decibel(), Log()])
+@pytest.mark.parametrize("transform", [Linear(0.0, 60.0), Decibel(), Log()])
 def test_nothing_is_0_and_comes_back_as_nothing(transform: Transform) -> None:
     assert float(transform.forward(torch.tensor(0.0))) == 0
     assert transform.inverse(torch.tensor([0.0, -0.3])).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("transform", [Linear(0, 60), Decibel(), Log()])
+@pytest.mark.parametrize("transform", [Linear(0.0, 60.0), Decibel(), Log()])
 def test_more_rain_is_a_greater_number_and_the_other_way_round(transform: Transform) -> None:
     numbers = transform.forward(torch.linspace(0.1, 60, 200))
     assert (numbers.diff() > 0).all()

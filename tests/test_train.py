@@ -1,0 +1,209 @@
+"""`python train.py`, end to end on tiny data: what a user types, and what is in the run folder afterwards."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import WriteArchive, every
+from omegaconf import OmegaConf
+
+from forecast import checkpoint, config
+from forecast.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "data.train=8",
+    "data.validation=4",
+    "data.test=6",
+    "data.batch_size=4",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "model.network.hidden=[4]",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *overrides, f"hydra.run.dir={folder}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    return ended
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on moving digits."""
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, *TINY)
+    return folder
+
+
+def test_run_folder_holds_what_the_documents_promise(finished: Path) -> None:
+    for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "skill.csv", "skill.nc"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("forecast.png", "skill.png"):
+        assert (finished / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    assert OmegaConf.load(finished / "config.yaml").folder == str(finished)
+    with (finished / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {"step", "validation/loss", "validation/csi_0.5", "test/loss", "test/mse"} <= set(rows[0])
+
+
+def test_skill_sets_the_model_beside_persistence_and_the_oracle(finished: Path) -> None:
+    with xr.open_dataset(finished / "skill.nc") as skill:
+        assert list(skill.model.values) == ["convlstm", "persistence", "oracle"]
+        assert skill.csi.dims == ("model", "lead_time", "threshold")
+        assert skill.sizes["lead_time"] == 10
+        assert float(abs(skill.mse.sel(model="oracle")).max()) == 0
+        assert float(skill.csi.sel(model="oracle").min()) == 1
+        # Six windows of 48 x 48 pixels, each counted once.
+        counted = skill[["hits", "misses", "false_alarms", "correct_negatives"]].to_dataarray().sum(["variable", "block"])
+        assert (counted == 6 * 48 * 48).all()
+
+
+def test_checkpoint_rebuilds_the_forecaster_without_running_code(finished: Path) -> None:
+    forecaster, card = checkpoint.load_forecaster(finished / "checkpoints/best.ckpt")
+    stored = checkpoint.read(finished / "checkpoints/best.ckpt")["state_dict"]
+    for name, weight in forecaster.state_dict().items():
+        assert (weight == stored[f"forecaster.{name}"]).all()
+    assert checkpoint.quantity_of(card).thresholds == (0.5,)
+    assert card.config["data"]["digits"] == 2
+
+
+def test_test_of_a_checkpoint_repeats_the_skill_of_its_run(finished: Path, tmp_path: Path) -> None:
+    train(tmp_path, *TINY, "run=test", f"ckpt_path={finished}/checkpoints/best.ckpt")
+    with xr.open_dataset(finished / "skill.nc") as before, xr.open_dataset(tmp_path / "skill.nc") as after:
+        xr.testing.assert_identical(before, after)
+
+
+def test_checkpoint_of_another_network_is_refused_with_the_difference(finished: Path) -> None:
+    path = finished / "checkpoints/best.ckpt"
+    known = checkpoint.Card(**checkpoint.read(path)[checkpoint.KEY])
+    network = {**known.model["network"], "hidden": [5]}
+    other = checkpoint.Card(**{**vars(known), "model": {**known.model, "network": network}})
+    with pytest.raises(UserError, match=r"model\.network\.hidden=\[4\], but this run has model\.network\.hidden=\[5\]"):
+        checkpoint.check_matches(path, other)
+
+
+def test_broken_and_foreign_checkpoints_are_refused(finished: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.ckpt"
+    whole = (finished / "checkpoints/best.ckpt").read_bytes()
+    half.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.read(half)
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        checkpoint.read(tmp_path / "none.ckpt")
+
+
+def test_training_goes_on_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    longer = [one for one in TINY if "max_epochs" not in one]
+    last = finished / "checkpoints/last.ckpt"
+    train(tmp_path, *longer, "trainer.max_epochs=2", "scheduler=constant", "run=fit")
+    assert checkpoint.read(tmp_path / "checkpoints/last.ckpt")["epoch"] == 1
+    resumed = tmp_path / "resumed"
+    train(tmp_path / "short", *TINY, "scheduler=constant")
+    train(resumed, *longer, "trainer.max_epochs=2", "scheduler=constant", f"ckpt_path={tmp_path}/short/checkpoints/last.ckpt")
+    straight = checkpoint.read(tmp_path / "checkpoints/last.ckpt")["state_dict"]
+    for name, weight in checkpoint.read(resumed / "checkpoints/last.ckpt")["state_dict"].items():
+        np.testing.assert_allclose(weight.numpy(), straight[name].numpy(), atol=1e-6, err_msg=name)
+    assert last.exists()
+
+
+def test_radar_archive_is_trained_on_and_scored_by_threshold(tmp_path: Path, write_archive: WriteArchive) -> None:
+    archive = write_archive(times=every(400), size=(24, 20))
+    radar = ["data=radar", f"data.archive={archive}", "data.workers=0", "data.past=2", "data.future=3"]
+    small = ["model.network.hidden=[4]", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
+    printed = train(tmp_path / "run", *radar, *small).stdout
+    with xr.open_dataset(tmp_path / "run/skill.nc") as skill:
+        assert list(skill.model.values) == ["convlstm", "persistence"]
+        assert list(skill.threshold.values) == [10, 20, 30, 40]
+        assert list(skill.lead_time.values) == [10, 20, 30]
+        assert {"csi", "pod", "far", "hss", "frequency_bias", "mae", "rmse", "mse", "correlation"} <= set(skill)
+    assert "dBZ" in printed
+
+
+@pytest.mark.parametrize("model", ["convgru", "convrnn", "lstm"])
+def test_every_kind_of_model_runs(model: str, tmp_path: Path) -> None:
+    train(tmp_path, *TINY, f"model={model}", "data.size=48", "logger=none")
+    assert (tmp_path / "skill.nc").exists()
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_persistence_is_scored_without_training(tmp_path: Path) -> None:
+    train(tmp_path, *[one for one in TINY if "network" not in one], "model=persistence")
+    assert not (tmp_path / "checkpoints").exists()
+    with xr.open_dataset(tmp_path / "skill.nc") as skill:
+        assert list(skill.model.values) == ["persistence", "oracle"]
+
+
+def test_describe_counts_and_trains_nothing(tmp_path: Path) -> None:
+    printed = train(tmp_path, "run=describe", "model.network.hidden=[64,64]").stdout
+    assert "925,456" in printed
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_sweep_runs_every_combination(tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "-m", *TINY, "model=convlstm,lstm", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    models = []
+    for job in range(4):
+        with xr.open_dataset(tmp_path / str(job) / "skill.nc") as skill:
+            models.append(str(skill.model.values[0]))
+    assert models == ["convlstm", "convlstm", "lstm", "lstm"]
+
+
+@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
+def test_loggers_write_beside_the_csv(logger: str, tmp_path: Path) -> None:
+    pytest.importorskip(logger, reason=f"the extra {logger} is not installed")
+    train(tmp_path, *TINY, f"logger={logger}", *(["logger.wandb.offline=true"] if logger == "wandb" else []))
+    assert (tmp_path / "metrics.csv").exists()
+    assert any((tmp_path / logger).rglob("*.wandb" if logger == "wandb" else "events.*"))
+
+
+def test_two_processes_score_every_window_once(finished: Path, tmp_path: Path) -> None:
+    weights = [f"ckpt_path={finished}/checkpoints/best.ckpt", "run=test"]
+    odd = [one for one in TINY if "data.test" not in one and "accelerator" not in one]
+    accelerator = ["trainer.accelerator=cpu", "data.test=7"]
+    train(tmp_path / "one", *odd, *weights, *accelerator)
+    train(tmp_path / "two", *odd, *weights, *accelerator, "trainer.strategy=ddp", "trainer.devices=2")
+    counts = ["hits", "misses", "false_alarms", "correct_negatives", "pixels"]
+    with xr.open_dataset(tmp_path / "one/skill.nc") as one, xr.open_dataset(tmp_path / "two/skill.nc") as two:
+        xr.testing.assert_equal(one[counts], two[counts])
+        xr.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_a_step(experiment: str, tmp_path: Path, write_archive: WriteArchive) -> None:
+    """Batch, frame size and number of steps shrink; layers, channels and loss stay."""
+    given = [f"experiment={experiment}"]
+    composed = config.load(ROOT / "conf", given)
+    if composed.data._target_ == "datamodules.radar.RadarData":
+        small = [f"data.archive={write_archive(times=every(600), size=(40, 44))}", "data.workers=0"]
+        small += ["data.crop=32", "data.eval_crop=40"] if composed.data.crop else []
+    else:
+        small = [f"data.root={write_mnist(tmp_path / 'mnist')}", "data.train=4", "data.validation=2", "data.test=2"]
+    steps = ["trainer.max_epochs=1", "trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    train(tmp_path / "run", *given, *small, *steps, "data.batch_size=2", "trainer.accelerator=cpu")
+    weights = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
+    assert weights["global_step"] == 1
+
+
+def write_mnist(folder: Path) -> Path:
+    """Generated images in the IDX files' layout."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, number in (("train-images-idx3-ubyte", 600), ("t10k-images-idx3-ubyte", 20)):
+        header = np.array([2051, number, 28, 28], ">i4").tobytes()
+        (folder / name).write_bytes(header + rng.integers(0, 256, (number, 28, 28), np.uint8).tobytes())
+    return folder
