@@ -94,11 +94,14 @@ def train(cfg: DictConfig) -> float | None:
         trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
         return None
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    best = trainer.checkpoint_callback
-    if trainer.interrupted or best is None:
+    if trainer.interrupted:
         return None
-    trainer.test(module, data, ckpt_path="best", verbose=False, weights_only=True)
-    score = getattr(best, "best_model_score", None)
+    # Training that ends inside an epoch (trainer.max_steps, max_time) has steps that no callback saved.
+    trainer.save_checkpoint(Path(cfg.folder) / "checkpoints" / "last.ckpt")
+    chosen = trainer.checkpoint_callback
+    best = getattr(chosen, "best_model_path", "")
+    trainer.test(module, data, ckpt_path=best or None, verbose=False, weights_only=True)
+    score = getattr(chosen, "best_model_score", None)
     return None if score is None else float(score)
 
 

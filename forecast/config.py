@@ -223,14 +223,16 @@ def _sentence(error: Exception, conf: Path, overrides: Sequence[str]) -> UserErr
 
 def _unknown(key: str, conf: Path, overrides: Sequence[str]) -> UserError:
     """What to say of a key that the configuration does not have."""
-    rest = [one for one in overrides if not one.lstrip("+~").startswith((f"{key}=", "experiment="))]
     parent, _, last = key.rpartition(".")
-    try:
-        node = OmegaConf.select(load(conf, rest), parent) if parent else load(conf, rest)
-    except _UnlistedError:  # of another override: that one is put right first
-        raise
-    except UserError:
-        node = None
+    choices = [one for one in overrides if "." not in one.partition("=")[0] and not one.startswith(f"{key}=")]
+    node = None
+    for given in (choices, [one for one in choices if not one.startswith("experiment=")]):
+        try:
+            composed = load(conf, given)
+        except UserError:  # the experiment itself has the key
+            continue
+        node = OmegaConf.select(composed, parent) if parent else composed
+        break
     known = [str(name) for name in node] if isinstance(node, DictConfig) else []
     if isinstance(node, DictConfig) and "_target_" in node:
         arguments = _arguments(key, str(node["_target_"]))

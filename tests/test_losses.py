@@ -142,7 +142,10 @@ def test_a_loss_is_counted_in_float32_whatever_the_network_gives(make: Make) -> 
             "Unknown loss.reduction 'sum'; choose one of pixel, frame, sequence",
         ),
         (lambda: CrossEntropy(Point()), "needs the head forecast.heads.Bernoulli, but model.head is Point"),
-        (lambda: Balanced(Point(), thresholds=[1.0, 2.0], weights=[1.0]), "must ascend and have one of loss.weights each"),
+        (
+            lambda: Balanced(Point(), thresholds=[1.0, 2.0], weights=[1.0]),
+            "must ascend and have one of loss.weights each",
+        ),
         (lambda: Balanced(Point(), thresholds=[2.0, 1.0], weights=[1.0, 2.0]), "must ascend"),
     ],
 )

@@ -193,7 +193,7 @@ def test_every_experiment_takes_a_step(experiment: str, tmp_path: Path, write_ar
         small += ["data.crop=32", "data.eval_crop=40"] if composed.data.crop else []
     else:
         small = [f"data.root={write_mnist(tmp_path / 'mnist')}", "data.train=4", "data.validation=2", "data.test=2"]
-    steps = ["trainer.max_epochs=1", "trainer.max_steps=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    steps = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     train(tmp_path / "run", *given, *small, *steps, "data.batch_size=2", "trainer.accelerator=cpu")
     weights = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
     assert weights["global_step"] == 1

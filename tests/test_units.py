@@ -25,7 +25,9 @@ from forecast.units import (
 )
 
 DBZ = Quantity("dbz", "reflectivity", "dBZ", (20.0,), floor=-10.0, scale=0.5, offset=-10.0, missing=255.0)
-RAIN = Quantity("rain", "rain rate", "mm/h", (0.5, 2.0), relation=ZR(200.0, 1.6), scale=0.5, offset=-10.0, missing=255.0)
+RAIN = Quantity(
+    "rain", "rain rate", "mm/h", (0.5, 2.0), relation=ZR(200.0, 1.6), scale=0.5, offset=-10.0, missing=255.0
+)
 FLOATS = Quantity("rain", "rain rate", "mm/h", (0.5,))
 
 relations = pytest.mark.parametrize("relation", Z_R_RELATIONS)
