@@ -30,9 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "train.py", *overrides, f"hydra.run.dir={folder}"]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
-    )
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
     return ended
 
@@ -46,7 +44,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder_holds_what_the_documents_promise(finished: Path) -> None:
-    for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "skill.csv", "skill.nc"):
+    for name in (
+        "config.yaml",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "skill.csv",
+        "skill.nc",
+    ):
         assert (finished / name).stat().st_size > 0
     for name in ("forecast.png", "skill.png"):
         assert (finished / "figures" / name).read_bytes().startswith(b"\x89PNG")
@@ -64,7 +69,9 @@ def test_skill_sets_the_model_beside_persistence_and_the_oracle(finished: Path) 
         assert float(abs(skill.mse.sel(model="oracle")).max()) == 0
         assert float(skill.csi.sel(model="oracle").min()) == 1
         # Six windows of 48 x 48 pixels, each counted once.
-        counted = skill[["hits", "misses", "false_alarms", "correct_negatives"]].to_dataarray().sum(["variable", "block"])
+        counted = (
+            skill[["hits", "misses", "false_alarms", "correct_negatives"]].to_dataarray().sum(["variable", "block"])
+        )
         assert (counted == 6 * 48 * 48).all()
 
 
@@ -109,7 +116,13 @@ def test_training_goes_on_from_a_checkpoint(finished: Path, tmp_path: Path) -> N
     assert checkpoint.read(tmp_path / "checkpoints/last.ckpt")["epoch"] == 1
     resumed = tmp_path / "resumed"
     train(tmp_path / "short", *TINY, "scheduler=constant")
-    train(resumed, *longer, "trainer.max_epochs=2", "scheduler=constant", f"ckpt_path={tmp_path}/short/checkpoints/last.ckpt")
+    train(
+        resumed,
+        *longer,
+        "trainer.max_epochs=2",
+        "scheduler=constant",
+        f"ckpt_path={tmp_path}/short/checkpoints/last.ckpt",
+    )
     straight = checkpoint.read(tmp_path / "checkpoints/last.ckpt")["state_dict"]
     for name, weight in checkpoint.read(resumed / "checkpoints/last.ckpt")["state_dict"].items():
         np.testing.assert_allclose(weight.numpy(), straight[name].numpy(), atol=1e-6, err_msg=name)
@@ -119,7 +132,12 @@ def test_training_goes_on_from_a_checkpoint(finished: Path, tmp_path: Path) -> N
 def test_radar_archive_is_trained_on_and_scored_by_threshold(tmp_path: Path, write_archive: WriteArchive) -> None:
     archive = write_archive(times=every(400), size=(24, 20))
     radar = ["data=radar", f"data.archive={archive}", "data.workers=0", "data.past=2", "data.future=3"]
-    small = ["model.network.hidden=[4]", "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
+    small = [
+        "model.network.hidden=[4]",
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=2",
+        "trainer.accelerator=cpu",
+    ]
     printed = train(tmp_path / "run", *radar, *small).stdout
     with xr.open_dataset(tmp_path / "run/skill.nc") as skill:
         assert list(skill.model.values) == ["convlstm", "persistence"]
@@ -150,7 +168,15 @@ def test_describe_counts_and_trains_nothing(tmp_path: Path) -> None:
 
 
 def test_sweep_runs_every_combination(tmp_path: Path) -> None:
-    command = [sys.executable, "train.py", "-m", *TINY, "model=convlstm,lstm", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "train.py",
+        "-m",
+        *TINY,
+        "model=convlstm,lstm",
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}",
+    ]
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == 0, ended.stderr[-4000:]
     models = []
@@ -193,7 +219,12 @@ def test_every_experiment_takes_a_step(experiment: str, tmp_path: Path, write_ar
         small += ["data.crop=32", "data.eval_crop=40"] if composed.data.crop else []
     else:
         small = [f"data.root={write_mnist(tmp_path / 'mnist')}", "data.train=4", "data.validation=2", "data.test=2"]
-    steps = ["trainer.max_epochs=1", "trainer.limit_train_batches=1", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    steps = [
+        "trainer.max_epochs=1",
+        "trainer.limit_train_batches=1",
+        "trainer.limit_val_batches=1",
+        "trainer.limit_test_batches=1",
+    ]
     train(tmp_path / "run", *given, *small, *steps, "data.batch_size=2", "trainer.accelerator=cpu")
     weights = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
     assert weights["global_step"] == 1
