@@ -97,7 +97,7 @@ def train(cfg: DictConfig) -> float | None:
     if trainer.interrupted:
         return None
     # Training that ends inside an epoch (trainer.max_steps, max_time) has steps that no callback saved.
-    trainer.save_checkpoint(Path(cfg.folder) / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(Path(cfg.folder) / "checkpoints" / "last.ckpt", weights_only=False)
     chosen = trainer.checkpoint_callback
     best = getattr(chosen, "best_model_path", "")
     trainer.test(module, data, ckpt_path=best or None, verbose=False, weights_only=True)

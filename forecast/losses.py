@@ -52,6 +52,8 @@ class Loss(nn.Module):
             valid: where the truth is known.
             physical: the truth in physical units; weights are chosen on it.
         """
+        # Before the cost, too: 0 times NaN is NaN, and the gradient would have it.
+        target, physical = (torch.where(valid, field, 0.0) for field in (target, physical))
         cost = torch.where(valid, self.cost(raw.float(), target, physical), 0.0)
         mean = cost.sum() / valid.sum().clamp_min(1)
         if self.reduction == "pixel":

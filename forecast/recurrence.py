@@ -120,6 +120,13 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # a ModuleList that holds Layers only
 
+    def starts_from_given_states(self) -> None:
+        """Drops learned initial states: a forecaster takes over its encoder's, so that its own would never be trained."""
+        for layer in self.layers:
+            for cell in (layer.forward_cell, layer.backward_cell):
+                if cell is not None:
+                    cell.initial = None
+
     def sequence(
         self, x: Tensor | None, states: Sequence[State] | None = None, steps: int | None = None
     ) -> tuple[list[Tensor], list[State]]:

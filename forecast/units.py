@@ -5,7 +5,7 @@ Everything here is frozen and holds plain numbers only, so that it can be stored
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -125,6 +125,7 @@ class Grid:
         return cls(**{**stored, **pairs})
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Physical values <-> the numbers a network sees (about 0 to 1)."""
 

@@ -27,7 +27,7 @@ def test_rises_then_falls_to_nothing_and_never_leaves_its_bounds(total: int, war
     assert seen[: top + 1] == sorted(seen[: top + 1])
     assert seen[top:] == sorted(seen[top:], reverse=True)
     assert seen[0] > 0
-    if warmup <= 0.5:
+    if warmup <= 0.5 and total > 1:
         assert seen[-1] == pytest.approx(0, abs=1e-12)
 
 

@@ -24,7 +24,7 @@ def linear_map(inputs: int, outputs: int, *, spatial_dims: int, kernel: int, bia
         return nn.Linear(inputs, outputs, bias=bias)
     if spatial_dims not in CONVOLUTIONS:
         raise UserError(f"spatial_dims is {spatial_dims}; it must be 0 (vectors), 1, 2 or 3.")
-    if kernel % 2 == 0:
+    if kernel < 1 or kernel % 2 == 0:
         raise UserError(f"A recurrence needs kernels of odd size, so that fields keep theirs; received {kernel}.")
     return CONVOLUTIONS[spatial_dims](inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 

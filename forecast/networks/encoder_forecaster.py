@@ -39,7 +39,12 @@ class Resampling:
                 f"model.network.{name} has the keys {', '.join(map(str, given)) or '(none)'}; "
                 f"it takes just {', '.join(cls.__dataclass_fields__)}."
             )
-        return cls(**given)
+        made = cls(**given)
+        if min(made.channels, made.kernel, made.stride) < 1 or made.padding < 0:
+            raise UserError(
+                f"model.network.{name} needs channels, kernel and stride of 1 or more: received {dict(given)}."
+            )
+        return made
 
     def down(self, inputs: int) -> nn.Module:
         convolution = nn.Conv2d(inputs, self.channels, self.kernel, self.stride, self.padding)
@@ -54,6 +59,11 @@ class Resampling:
 
     def size_up(self, size: int) -> int:
         return (size - 1) * self.stride - 2 * self.padding + self.kernel
+
+
+def smoothing(inputs: int, outputs: int) -> nn.Module:
+    """A convolution at full resolution."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE))
 
 
 class EncoderForecaster(nn.Module):
@@ -106,7 +116,7 @@ class EncoderForecaster(nn.Module):
             raise UserError(f"An encoder-forecaster needs layers of 1 channel or more; received hidden={list(hidden)}.")
         if (down is None) != (up is None):
             raise UserError("model.network.down and model.network.up go together: give both or neither.")
-        if down is None and refine:
+        if not down and refine:
             raise UserError(
                 "model.network.refine belongs to the form with down- and up-sampling; give down and up too."
             )
@@ -114,9 +124,8 @@ class EncoderForecaster(nn.Module):
         self.coordinates = coordinates
         input_kernels = per_layer(input_kernel, depth, "input_kernel")
         recurrent_kernels = per_layer(recurrent_kernel, depth, "recurrent_kernel")
-        downs = [Resampling.read(f"down[{i}]", given) for i, given in enumerate(down or [])]
+        self.downs = downs = [Resampling.read(f"down[{i}]", given) for i, given in enumerate(down or [])]
         ups = [Resampling.read(f"up[{i}]", given) for i, given in enumerate(up or [])]
-        self.downs = downs
         self.multiple = patch * prod(step.stride for step in downs)
         self._check_geometry(depth, downs, ups)
 
@@ -130,26 +139,25 @@ class EncoderForecaster(nn.Module):
             )
             return Layer(made, before=before)
 
+        below = [(inputs + 3 * coordinates) * patch**2, *hidden[:-1]]
         self.output: nn.Module
-        frame = (inputs + 3 * coordinates) * patch**2
-        below = [frame, *hidden[:-1]]
         if downs:
-            steps = zip(below, downs, strict=True)
-            self.encoder = Stack([layer(i, step.channels, step.down(below)) for i, (below, step) in enumerate(steps)])
-            above = [(i, ups[i + 1], hidden[i + 1]) for i in reversed(range(depth - 1))]
+            finer = range(depth - 2, -1, -1)
+            self.encoder = Stack([layer(i, down.channels, down.down(below[i])) for i, down in enumerate(downs)])
             self.forecaster = Stack(
-                [layer(depth - 1, 0), *(layer(i, step.channels, step.up(inputs_)) for i, step, inputs_ in above)]
+                [layer(depth - 1, 0), *(layer(i, ups[i + 1].channels, ups[i + 1].up(hidden[i + 1])) for i in finer)]
             )
             widths = [ups[0].channels, *refine]
-            smooth = [
-                nn.Sequential(nn.Conv2d(width, wider, 3, padding=1), nn.LeakyReLU(SLOPE))
-                for width, wider in pairwise(widths)
-            ]
-            self.output = nn.Sequential(ups[0].up(hidden[0]), *smooth, nn.Conv2d(widths[-1], outputs * patch**2, 1))
+            self.output = nn.Sequential(
+                ups[0].up(hidden[0]),
+                *(smoothing(width, wider) for width, wider in pairwise(widths)),
+                nn.Conv2d(widths[-1], outputs * patch**2, 1),
+            )
         else:
             self.encoder = Stack([layer(i, channels) for i, channels in enumerate(below)])
             self.forecaster = Stack([layer(i, channels) for i, channels in enumerate([0, *hidden[:-1]])])
             self.output = nn.Conv2d(sum(hidden), outputs * patch**2, 1)
+        self.forecaster.starts_from_given_states()
 
     @staticmethod
     def _check_geometry(depth: int, downs: Sequence[Resampling], ups: Sequence[Resampling]) -> None:

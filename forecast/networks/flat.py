@@ -44,7 +44,7 @@ class FlatEncoderForecaster(nn.Module):
         *,
         inputs: int,
         outputs: int,
-        frame_size: tuple[int, int],
+        frame_size: Sequence[int],
         tile: int | None = None,
         most_parameters: int = 300_000_000,
     ) -> None:
@@ -60,12 +60,13 @@ class FlatEncoderForecaster(nn.Module):
 
         def stack(first: int) -> Stack:
             below = [first, *hidden[:-1]]
-            return Stack(
-                [
-                    Layer(cell(input_channels=x, hidden_channels=h, spatial_dims=0))
-                    for x, h in zip(below, hidden, strict=True)
-                ]
+            cells = (
+                cell(input_channels=x, hidden_channels=h, spatial_dims=0) for x, h in zip(below, hidden, strict=True)
             )
+            made = Stack([Layer(cell) for cell in cells])
+            if not first:
+                made.starts_from_given_states()
+            return made
 
         with torch.device("meta"):
             parts = (stack(inputs * pixels), stack(0), nn.Linear(hidden[-1], outputs * pixels))
