@@ -20,19 +20,23 @@ from typing import Any
 
 import hydra
 import lightning.pytorch as pl
+import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from datamodules.frames import FrameData
-from forecast import checkpoint, config
+from forecast import checkpoint, command_line, config
 from forecast.baselines.persistence import Persistence
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.forecaster import Forecaster, NetworkForecaster
-from forecast.module import NowcastModule
+from forecast.losses import Loss
+from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
 
 CONF = Path(__file__).parent / "conf"
 CHANNELS = 1  # of a frame: the target quantity
@@ -50,11 +54,13 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
             cfg.model, channels=CHANNELS, static_channels=data.static_channels, size=data.grid.size
         )
         forecaster = NetworkForecaster(network, head, data.transform)
-        training = {
-            "loss": config.build(cfg.loss, head=head),
-            "optimizer": config.build(cfg.optimizer),
-            "scheduler": config.build(cfg.scheduler),
-        }
+        loss: Loss = config.build(cfg.loss, head=head)
+        if loss.units not in (None, data.quantity.units):
+            raise UserError(
+                f"This loss is for data in {loss.units}, but these are in {data.quantity.units}; use loss=mse."
+            )
+        training = {"loss": loss, "optimizer": config.build(cfg.optimizer), "scheduler": config.build(cfg.scheduler)}
+        try_out(training["optimizer"], training["scheduler"])
     references.pop(cfg.model.name, None)
     return NowcastModule(
         name=cfg.model.name,
@@ -79,30 +85,56 @@ def train(cfg: DictConfig) -> float | None:
     if cfg.run == "describe":
         describe(cfg, module, data)
         return None
-    if cfg.ckpt_path is not None:
-        checkpoint.check_matches(cfg.ckpt_path, checkpoint.card(cfg, data))
-    trained = module.loss is not None
+    trained = isinstance(module.forecaster, NetworkForecaster)
     if cfg.run == "test" and trained and cfg.ckpt_path is None:
         raise UserError("run=test scores a trained network; give its ckpt_path=RUN/checkpoints/best.ckpt.")
+    if cfg.ckpt_path is not None:
+        size = getattr(getattr(module.forecaster, "network", None), "frame_size", None)
+        now = checkpoint.card(cfg, data)
+        checkpoint.check_matches(cfg.ckpt_path, now, frame_size=size, resume=cfg.run == "fit")
+    if cfg.monitor.metric not in module.monitors:
+        raise UserError(f"monitor.metric is {cfg.monitor.metric}; choose one of {', '.join(module.monitors)}.")
+    if cfg.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+        cfg.trainer.accelerator = "cpu"  # Apple's MPS has no float64, in which scores are summed
     loggers = [config.build(part) for part in cfg.logger.values()]
     callbacks = [config.build(part) for part in cfg.callbacks.values()]
     trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
-    rank_zero_only(_begin)(cfg, trainer, module, data)
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    if cfg.run == "test" or not trained:
+    rank_zero_only(begin)(cfg, trainer, module, data)
+    try:
+        if cfg.run == "fit" and trained:
+            return fit_and_test(cfg, trainer, module, data)
         trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
         return None
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):  # the next job of a sweep is a run of its own
+                logger.experiment.finish()
+
+
+def fit_and_test(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> float | None:
+    """Trains, scores the best checkpoint, and returns the best value of the monitor."""
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    if trainer.interrupted:
-        return None
     # Training that ends inside an epoch (trainer.max_steps, max_time) has steps that no callback saved.
     trainer.save_checkpoint(Path(cfg.folder) / "checkpoints" / "last.ckpt", weights_only=False)
     chosen = trainer.checkpoint_callback
-    best = getattr(chosen, "best_model_path", "")
-    trainer.test(module, data, ckpt_path=best or None, verbose=False, weights_only=True)
-    score = getattr(chosen, "best_model_score", None)
-    return None if score is None else float(score)
+    trainer.test(
+        module, data, ckpt_path=getattr(chosen, "best_model_path", "") or None, verbose=False, weights_only=True
+    )
+    best = getattr(chosen, "best_model_score", None)
+    return None if best is None else float(best)
+
+
+def try_out(optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
+    """Builds both for one weight, so that a wrong argument is told before anything else happens."""
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        schedule = scheduler(made, **horizon(scheduler, 10))
+        made.step()
+        schedule.step()
+    except UserError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"This optimizer or its scheduler cannot be: {error}") from None
 
 
 def quieten() -> None:
@@ -118,13 +150,15 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> None:
+def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> None:
     """Writes config.yaml, and says in a line what begins."""
     with whole(Path(cfg.folder) / "config.yaml") as path:
         path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
     parameters = sum(weight.numel() for weight in module.parameters())
     sizes = " x ".join(map(str, data.grid.size))
     device = f"{trainer.num_devices} {trainer.strategy.root_device.type}"
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # a mapping, by its keys
     print(
         f"{cfg.model.name}, {parameters:,} parameters: {data.past} -> {data.future} frames of {sizes}, "
         f"{data.quantity.long_name} in {data.quantity.units}; on {device}; run folder {cfg.folder}"
@@ -146,10 +180,14 @@ def main() -> None:
     """The command line: every mistake in it is said in one sentence before anything runs."""
     quieten()
     given = get_args_parser().parse_args(sys.argv[1:])
+    # Another configuration folder is Hydra's own business.
+    elsewhere = given.config_dir or given.config_path or given.config_name
     launched_by_lightning = "LOCAL_RANK" in os.environ
-    if not (launched_by_lightning or given.help or given.hydra_help or given.info or given.shell_completion):
+    if not (
+        launched_by_lightning or elsewhere or given.help or given.hydra_help or given.info or given.shell_completion
+    ):
         try:
-            accepted = config.accept(CONF, given.overrides)
+            accepted = command_line.accept(CONF, given.overrides)
         except UserError as error:
             raise SystemExit(f"error: {error}") from None
         replaced = dict(zip(given.overrides, accepted, strict=True))

@@ -177,7 +177,8 @@ def times_of(opened: xr.Dataset, path: str, dim: Hashable) -> Times:
         raise UserError(f"The times of {path} are no dates (units {opened[dim].attrs.get('units')!r}); {cure}.")
     if np.isnat(times).any():
         raise UserError(f"Frame {int(np.argmax(np.isnat(times)))} of {path} has no time; drop the frame or date it.")
-    seconds: Times = times.astype("datetime64[s]").astype(np.int64)
+    # Rounded: times stored as a fraction of days miss the second by a little.
+    seconds: Times = (times.astype("datetime64[ns]").astype(np.int64) + 500_000_000) // 1_000_000_000
     return seconds
 
 

@@ -88,6 +88,8 @@ class FrameData(pl.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
+            # Workers begin before Lightning calls set_epoch, which matters where a run is resumed.
+            epoch=trainer.current_epoch if trainer is not None and split == "train" else 0,
         )
         return DataLoader(
             windows,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee

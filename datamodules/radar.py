@@ -98,7 +98,7 @@ class RadarData(FrameData):
         floor: the value of "no echo" or "no rain", in dBZ or mm/h; none is -10 dBZ, or no rain.
         thresholds: of the categorical scores, in dBZ or mm/h; none is 10 20 30 40 dBZ, or 0.5 2 5 10 30 mm/h.
         transform: physical values <-> what the network sees; none is the quantity's own.
-        split: shares of the covered time for train, validation and test, or the dates of each.
+        split: shares of the covered time for train, validation and test, or the dates of each; none is 0.7, 0.15, 0.15.
         guard_hours: least time between two splits, at least 6 h.
         stride: frames between the starts of training windows.
         eval_stride: the same for validation and test; none is `future`, so that a frame is forecast once.
@@ -120,7 +120,7 @@ class RadarData(FrameData):
         floor: float | None = None,
         thresholds: Sequence[float] | None = None,
         transform: Transform | None = None,
-        split: Sequence[float] | Mapping[str, Sequence[str]] = (0.7, 0.15, 0.15),
+        split: Sequence[float] | Mapping[str, Sequence[str]] | None = None,
         guard_hours: float = 6.0,
         stride: int = 1,
         eval_stride: int | None = None,
@@ -143,7 +143,7 @@ class RadarData(FrameData):
         self.floor = floor
         self.thresholds = thresholds
         self.given_transform = transform
-        self.split = split
+        self.split = (0.7, 0.15, 0.15) if split is None else split
         self.guard_hours = guard_hours
         self.strides: Mapping[Split, int] = {
             "train": strides["stride"],

@@ -38,6 +38,7 @@ class BatchSampler(Sampler[Draw]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        epoch: int = 0,
     ) -> None:
         self.length = length
         self.batch_size = batch_size
@@ -45,7 +46,7 @@ class BatchSampler(Sampler[Draw]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
+        self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -9,23 +9,41 @@ from rich.console import Console
 from torch import Tensor
 
 from forecast import report
+from forecast.errors import UserError
 from forecast.module import NowcastModule, Scored
-from forecast.skill import table
+from forecast.skill import tables
+
+
+class FiniteMonitor(pl.Callback):
+    """Ends a training whose monitored value is no number, before it can be taken for the best.
+
+    Args:
+        metric: the monitored value's name.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.metric)
+        if value is not None and not torch.isfinite(value):
+            raise UserError(
+                f"{self.metric} is {float(value)} after epoch {trainer.current_epoch}: the training diverged, or "
+                "nothing was scored; lower optimizer.lr, or monitor another value."
+            )
 
 
 class Report(pl.Callback):
-    """Writes skill.nc, skill.csv and the figures after a test, and prints the table by lead time.
+    """Writes skill.nc, skill.csv and the figures after a test, and prints the scores by lead time.
 
-    The window that is shown is the one whose truth has the largest mean: the heaviest rain.
+    The window that is shown is the one whose truth has the largest mean: the heaviest rain (of the first process's share).
 
     Args:
         folder: where the files go.
-        threshold: the event of the table's categorical scores; None takes the quantity's middle one.
     """
 
-    def __init__(self, folder: str, threshold: float | None = None) -> None:
+    def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.threshold = threshold
         self._sample: report.Sample | None = None
         self._most = float("-inf")
 
@@ -54,7 +72,8 @@ class Report(pl.Callback):
         skill = pl_module.test_skill.dataset()
         if trainer.is_global_zero:
             report.write(self.folder, skill, self._sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
-            Console().print(table(skill, self.threshold))
+            for shown in tables(skill):
+                Console().print(shown)
             Console().print(f"Written to {self.folder}: skill.nc, skill.csv, figures/")
 
 

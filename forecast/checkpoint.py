@@ -3,6 +3,7 @@
 A checkpoint holds tensors and plain containers only, and is read with `weights_only=True`: opening one runs no code.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from forecast.config import build_network
+from forecast import config
 from forecast.errors import UserError
 from forecast.forecaster import NetworkForecaster
 from forecast.units import Grid, Quantity, transform_from_dict, transform_to_dict
 
 KEY = "stormcell"
-TRUSTED = ("forecast.", "torch.nn.")  # where the classes that a checkpoint names may live
+TRUSTED = ("forecast.cells", "forecast.networks", "forecast.heads", "torch.nn")  # where a checkpoint's classes may live
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Card:
     """Of stormcell."""
 
 
-def card(config: DictConfig, data: Any) -> Card:
+def card(cfg: DictConfig, data: Any) -> Card:
     """The card of a run: its configuration and its datamodule (a `datamodules.frames.FrameData`)."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return Card(
         model=plain["model"],
@@ -76,15 +78,33 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def check_matches(path: str | Path, now: Card) -> None:
+def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | None, resume: bool) -> None:
     """Refuses to load a checkpoint into another network, or onto another quantity.
+
+    Args:
+        path: of the checkpoint.
+        now: the card of this run.
+        frame_size: the only size that the network takes, if there is one.
+        resume: whether the training goes on, with its optimizer.
 
     Raises:
         UserError: it does not fit; the sentence names the first difference.
     """
     then = read(path)[KEY]
+    if frame_size is not None and tuple(then["grid"]["size"]) != frame_size:
+        raise UserError(
+            f"{path} was trained on frames of {then['grid']['size']}, the only size that it takes; give it those."
+        )
+    if resume and then["config"]["optimizer"].get("_target_") != now.config["optimizer"].get("_target_"):
+        raise UserError(
+            f"{path} was trained with {then['config']['optimizer'].get('_target_')}; go on with the same optimizer."
+        )
     for part in ("model", "quantity", "transform", "cadence", "static_channels"):
         before, after = then[part], getattr(now, part)
+        if part == "quantity":  # a network sees physical values: how they are packed and scored is no matter to it
+            before, after = (
+                {key: quantity[key] for key in ("units", "floor", "relation")} for quantity in (before, after)
+            )
         if before != after:
             name, old, new = _difference(part, before, after)
             raise UserError(f"{path} was trained with {name}={old}, but this run has {name}={new}; make them equal.")
@@ -100,7 +120,7 @@ def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
     known = Card(**content[KEY])
     _check_trusted(known.model)
     grid = Grid.from_dict(known.grid)
-    network, head = build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
+    network, head = config.build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
     forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform))
     prefix = "forecaster."
     weights = {name: value for name, value in content["state_dict"].items() if name.startswith(prefix)}
@@ -114,11 +134,14 @@ def quantity_of(known: Card) -> Quantity:
 
 
 def _check_trusted(node: Any) -> None:
-    """A checkpoint from a stranger must not choose which code runs."""
+    """A checkpoint from a stranger must not choose which code runs: it may name our modules, and torch's, only."""
     if isinstance(node, Mapping):
-        target = node.get("_target_")
-        if target is not None and not str(target).startswith(TRUSTED):
-            raise UserError(f"The checkpoint names the class {target}; only those of {', '.join(TRUSTED)} are built.")
+        if "_target_" in node:
+            named = config.find("checkpoint", str(node["_target_"]))
+            home = getattr(named, "__module__", "")
+            ours = any(home == place or home.startswith(f"{place}.") for place in TRUSTED)
+            if not (inspect.isclass(named) and issubclass(named, nn.Module) and ours):
+                raise UserError(f"The checkpoint names {node['_target_']}, which is no module of {', '.join(TRUSTED)}.")
         for value in node.values():
             _check_trusted(value)
     elif isinstance(node, list):

@@ -7,18 +7,12 @@ name, and nothing else. So every key is read by somebody, and a key nobody knows
 import difflib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pydantic
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +21,19 @@ from forecast.errors import UserError
 
 RUNS = ("fit", "test", "describe")
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+
+# Arguments of Lightning's Trainer that only some values go with: its key, those values, and why.
+LIGHTNING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    (
+        "precision",
+        (None, 32, "32", "32-true", "bf16-mixed", "16-mixed", "bf16", "16", 16),
+        "frames are decoded to 32 bits: take 32-true, bf16-mixed or 16-mixed",
+    ),
+    ("use_distributed_sampler", (False,), "our own sampler deals the batches: leave it false"),
+    ("overfit_batches", (0, 0.0), "our own sampler deals the batches: use trainer.limit_train_batches"),
+    ("logger", (None,), "loggers are chosen by logger=csv, wandb, tensorboard or none"),
+    ("callbacks", (None,), "callbacks are set in callbacks.*"),
+)
 
 
 @dataclass
@@ -69,46 +76,6 @@ class Config:
 ConfigStore.instance().store("schema", Config)
 
 
-def accept(conf: Path, overrides: Sequence[str]) -> list[str]:
-    """Checks the overrides of a command line before Hydra acts on them.
-
-    An argument that a class takes but its file in conf/ does not list can be given like any other (`trainer.max_time=...`).
-    In a sweep every value is tried once.
-
-    Returns:
-        The overrides as Hydra wants them.
-
-    Raises:
-        UserError: one of them is not right; the sentence says which and what would be.
-    """
-    accepted = list(overrides)
-    for trial in _trials(accepted):
-        for _ in range(len(trial) + 1):
-            try:
-                check(load(conf, trial))
-                break
-            except _UnlistedError as unlisted:
-                for given in (trial, accepted):
-                    given[:] = [f"++{one}" if one.startswith(f"{unlisted.key}=") else one for one in given]
-    return accepted
-
-
-def load(conf: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """Composes conf/train.yaml with overrides.
-
-    Raises:
-        UserError: a key or a choice that does not exist, or text that is not an override.
-    """
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return compose("train", list(overrides))
-    except MissingConfigException as error:
-        raise UserError(_no_such_choice(error)) from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _sentence(error, conf, overrides) from None
-
-
 def check(config: DictConfig) -> None:
     """Checks a composed configuration: choices, missing values, and every key and type against the classes they are for.
 
@@ -119,9 +86,12 @@ def check(config: DictConfig) -> None:
         plain = OmegaConf.to_container(config, resolve=True)
         missing = sorted(OmegaConf.missing_keys(config))
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {_first_line(error)}.") from None
+        raise UserError(f"The configuration cannot be resolved: {first_line(error)}.") from None
     if missing:
         raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
+    for group in ("data", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger"):
+        if config[group] is None:
+            raise UserError(f"{group} is null; choose one of the files in conf/{group}/.")
     if config.run not in RUNS:
         raise UserError(f"run is {config.run!r}; it must be one of {', '.join(RUNS)}.")
     if not 0 <= config.seed < 2**32:
@@ -130,6 +100,9 @@ def check(config: DictConfig) -> None:
         raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
     if (config.model.network is None) == (config.model.baseline is None):
         raise UserError("A model is either a network or a baseline: set one of model.network and model.baseline.")
+    for key, allowed, why in LIGHTNING:
+        if key in config.trainer and config.trainer[key] not in allowed:
+            raise UserError(f"trainer.{key} is {config.trainer[key]!r}, but {why}.")
     for path, node in _targets(plain, ()):
         _check_arguments(".".join(path), node)
 
@@ -155,7 +128,7 @@ def build(part: Mapping[str, Any] | DictConfig, **given: Any) -> Any:
             raise cause from None
         # A class of another package speaks for itself: Lightning's MisconfigurationException, torch's ValueError.
         if isinstance(cause, (ValueError, ModuleNotFoundError)) or type(cause).__name__ == "MisconfigurationException":
-            raise UserError(f"{plain['_target_'].rpartition('.')[2]}: {_first_line(cause)}") from cause
+            raise UserError(f"{plain['_target_'].rpartition('.')[2]}: {first_line(cause)}") from cause
         raise
 
 
@@ -180,84 +153,31 @@ def build_network(
     return network, head
 
 
-class _UnlistedError(UserError):
-    """An argument that the class takes, but that its file does not list."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"{key} is an argument that the file does not list; give it as ++{key}=...")
-        self.key = key
-
-
-def _trials(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The overrides with each value of a sweep once, instead of all their combinations."""
+def arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:
+    """The constructor's arguments by name."""
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"The command line has a mistake: {_first_line(error)}.") from None
-    values = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [text]
-        for one, text in zip(parsed, overrides, strict=True)
-    ]
-    first = [choices[0] for choices in values]
-    yield first
-    for position, choices in enumerate(values):
-        for choice in choices[1:]:
-            yield [*first[:position], choice, *first[position + 1 :]]
+        return inspect.signature(find(where, target)).parameters
+    except ValueError:
+        return {}
 
 
-def _sentence(error: Exception, conf: Path, overrides: Sequence[str]) -> UserError:
-    """Hydra's several lines about an override as one sentence."""
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    # Of a mistake in a file Hydra keeps the text alone, and puts a line of its own above it.
-    lines = str(error).strip().splitlines()
-    where = f"{lines.pop(0).partition(': ')[0]}: " if len(lines) > 1 and "raised while composing" in lines[0] else ""
-    key = next((line.partition("full_key: ")[2] for line in lines if "full_key: " in line), None)
-    if key and re.search(r"^Key '.*' (is not in struct|not in )", lines[0]):
-        told = _unknown(key, conf, overrides)
-        return told if isinstance(told, _UnlistedError) else UserError(f"{where}{told}")
-    return UserError(f"{where}{key + ': ' if key else ''}{lines[0].rstrip('.')}.")
+def find(where: str, target: str) -> Callable[..., Any]:
+    try:
+        return get_object(target)
+    except Exception as error:
+        raise UserError(f"{where}._target_ is {target!r}, which cannot be imported: {first_line(error)}.") from None
 
 
-def _unknown(key: str, conf: Path, overrides: Sequence[str]) -> UserError:
-    """What to say of a key that the configuration does not have."""
-    parent, _, last = key.rpartition(".")
-    choices = [one for one in overrides if "." not in one.partition("=")[0] and not one.startswith(f"{key}=")]
-    node = None
-    for given in (choices, [one for one in choices if not one.startswith("experiment=")]):
-        try:
-            composed = load(conf, given)
-        except UserError:  # the experiment itself has the key
-            continue
-        node = OmegaConf.select(composed, parent) if parent else composed
-        break
-    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
-    if isinstance(node, DictConfig) and "_target_" in node:
-        arguments = _arguments(key, str(node["_target_"]))
-        if last in arguments:
-            return _UnlistedError(key)
-        known = sorted({*known, *arguments} - {*SPECIAL})
-    return UserError(_no_such_key(parent or "the configuration", last, known))
+def no_such_key(where: str, key: str, known: Sequence[str]) -> str:
+    return f"{where} has no key {key!r}; {suggestion(key, known)}"
 
 
-def _no_such_key(where: str, key: str, known: Sequence[str]) -> str:
-    return f"{where} has no key {key!r}; {_suggestion(key, known)}"
-
-
-def _no_such_choice(error: MissingConfigException) -> str:
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    options = list(error.options or [])
-    return f"There is no {group}={choice}; {_suggestion(choice, options)}"
-
-
-def _suggestion(given: str, known: Sequence[str]) -> str:
+def suggestion(given: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(given, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -273,25 +193,10 @@ def _targets(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
             yield from _targets(value, (*path, str(position)))
 
 
-def _arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:
-    """The constructor's arguments by name."""
-    try:
-        return inspect.signature(_find(where, target)).parameters
-    except ValueError:
-        return {}
-
-
-def _find(where: str, target: str) -> Callable[..., Any]:
-    try:
-        return get_object(target)
-    except Exception as error:
-        raise UserError(f"{where}._target_ is {target!r}, which cannot be imported: {_first_line(error)}.") from None
-
-
 def _check_arguments(where: str, node: Mapping[str, Any]) -> None:
     """Holds the keys and values of a part against the constructor that they are for."""
-    target = _find(where, str(node["_target_"]))
-    parameters = _arguments(where, str(node["_target_"]))
+    target = find(where, str(node["_target_"]))
+    parameters = arguments(where, str(node["_target_"]))
     anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     function = target.__init__ if inspect.isclass(target) else target
     try:
@@ -302,7 +207,7 @@ def _check_arguments(where: str, node: Mapping[str, Any]) -> None:
         if key in SPECIAL:
             continue
         if key not in parameters and not anything:
-            raise UserError(_no_such_key(where, key, [name for name in parameters if name not in ("self", "kwargs")]))
+            raise UserError(no_such_key(where, key, [name for name in parameters if name not in ("self", "kwargs")]))
         if key in hints and not any(True for _ in _targets(value, ())):
             _check_type(f"{where}.{key}", value, hints[key])
 

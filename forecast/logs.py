@@ -4,12 +4,15 @@ import csv
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from forecast.files import whole
+
+PAUSE = 5.0  # seconds between two writes
 
 
 class MetricsFile(Logger):
@@ -23,6 +26,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = Path(path)
         self.rows: dict[int, dict[str, Any]] = {}
+        self._written = float("-inf")
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
@@ -47,8 +51,14 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
+        """Writes the file, unless it was written a moment ago: Lightning asks after every logged step."""
+        if monotonic() - self._written >= PAUSE:
+            self._write()
+
+    def _write(self) -> None:
         if not self.rows:
             return
+        self._written = monotonic()
         names = {name: None for row in self.rows.values() for name in row}
         with whole(self.path) as path, path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(names), restval="")
@@ -57,4 +67,4 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        self._write()

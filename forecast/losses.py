@@ -26,6 +26,9 @@ class Loss(nn.Module):
             a frame (of a sequence), so the sum over its pixels where all are valid; the papers' losses are such sums.
     """
 
+    units: str | None = None
+    """The only units of data that it makes sense for; None: any."""
+
     def __init__(self, head: Head, reduction: str = "pixel") -> None:
         super().__init__()
         if reduction not in REDUCTIONS:
@@ -81,6 +84,8 @@ class CrossEntropy(Loss):
     Shi et al. (2015, arXiv 1506.04214) print its sum over a sequence: `reduction: sequence`. Goes with `heads.Bernoulli`.
     """
 
+    units = "1"
+
     def __init__(self, head: Head, reduction: str = "pixel") -> None:
         super().__init__(head, reduction)
         if not isinstance(head, Bernoulli):
@@ -90,8 +95,6 @@ class CrossEntropy(Loss):
             )
 
     def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
-        if target.min() < 0 or target.max() > 1:
-            raise UserError("The cross-entropy loss takes frames in [0, 1]; use loss=mse for this data.")
         return F.binary_cross_entropy_with_logits(raw, target, reduction="none")
 
 
@@ -105,7 +108,8 @@ class Balanced(Loss):
     weights 1, 2, 5, 10, 30 at and above 0.5 (1 below), 2, 5, 10 and 30 mm/h. It over-forecasts: watch the frequency bias.
 
     Args:
-        thresholds: in the units of the data, ascending.
+        units: of the thresholds; other data are refused.
+        thresholds: ascending.
         weights: at and above each threshold; below the first the weight is 1.
         mse, mae: share of the squared and of the absolute error.
         scale: of the whole; HKO-7 has 1e-5 to keep sums over frames small.
@@ -120,8 +124,10 @@ class Balanced(Loss):
         mse: float = 1.0,
         mae: float = 1.0,
         scale: float = 1.0,
+        units: str = "mm/h",
     ) -> None:
         super().__init__(head, reduction)
+        self.units = units
         if len(thresholds) != len(weights) or list(thresholds) != sorted(thresholds):
             raise UserError(
                 f"loss.thresholds must ascend and have one of loss.weights each; received {list(thresholds)} and "

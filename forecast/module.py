@@ -40,6 +40,17 @@ class Scored(TypedDict):
     forecasts: Mapping[str, Forecast]
 
 
+def horizon(scheduler: SchedulerFactory, steps: float) -> dict[str, int]:
+    """The number of training steps, under the name that the scheduler has for it, if it asks and was not told."""
+    given = scheduler.keywords if isinstance(scheduler, partial) else {}
+    names = [name for name in HORIZON if name in inspect.signature(scheduler).parameters and name not in given]
+    if not names:
+        return {}
+    if steps == float("inf"):
+        raise UserError(f"This scheduler must know when training ends; set trainer.max_epochs or scheduler.{names[0]}.")
+    return {names[0]: int(steps)}
+
+
 class NowcastModule(pl.LightningModule):
     """Trains a forecaster, and scores it beside references over the same windows.
 
@@ -53,7 +64,7 @@ class NowcastModule(pl.LightningModule):
         future: frames to forecast, S.
         loss: None for a baseline.
         optimizer: takes the parameters.
-        scheduler: takes the optimizer; steps after every batch, and is told how many there are if it asks.
+        scheduler: takes the optimizer; steps with the optimizer, and is told how many there are if it asks.
         blocks: number of rain events (or sequences) in the test split.
         card: plain containers stored in the checkpoint, from which `forecast.checkpoint` rebuilds the forecaster.
     """
@@ -139,8 +150,14 @@ class NowcastModule(pl.LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
-        scheduler = self.scheduler(optimizer, **self._horizon(self.scheduler))
+        scheduler = self.scheduler(optimizer, **horizon(self.scheduler, self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def monitors(self) -> list[str]:
+        """What a checkpoint can be chosen by."""
+        events = [f"{score}_{threshold:g}" for score in ("csi", "bias") for threshold in self.quantity.thresholds]
+        return [f"validation/{score}" for score in ("loss", "mse", "mae", *events)]
 
     @property
     def _network(self) -> NetworkForecaster:
@@ -149,20 +166,7 @@ class NowcastModule(pl.LightningModule):
 
     def _log_loss(self, split: str, loss: Tensor, batch: Batch) -> None:
         """The epoch's mean, in which padded samples weigh nothing."""
-        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=max(1, int((batch.block >= 0).sum())))
-
-    def _horizon(self, scheduler: SchedulerFactory) -> dict[str, int]:
-        """The number of training steps, under the name that the scheduler has for it and that is not set."""
-        given = scheduler.keywords if isinstance(scheduler, partial) else {}
-        names = [name for name in HORIZON if name in inspect.signature(scheduler).parameters and name not in given]
-        if not names:
-            return {}
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError(
-                f"This scheduler must know when training ends; set trainer.max_epochs or scheduler.{names[0]}."
-            )
-        return {names[0]: int(steps)}
+        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=int((batch.block >= 0).sum()))
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, the raw forecast, and the truth with its mask in physical units."""

@@ -102,7 +102,9 @@ class Layer(nn.Module):
     def step(self, x: Tensor | None, state: State | None) -> tuple[Tensor, State]:
         """B X *space (or None) -> the hidden state B C *space, and the state."""
         if self.forward_cell is None or self.backward_cell is not None:
-            raise UserError("A layer that reads backward in time cannot step forward; use direction=forward.")
+            raise UserError(
+                "A layer that reads backward in time cannot step forward in it; make it of a forward cell alone."
+            )
         outputs, state = self.sequence(None if x is None else x.unsqueeze(1), state, 1)
         return outputs[:, 0], state
 

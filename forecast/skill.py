@@ -53,11 +53,16 @@ _EVENT_SCORES: dict[str, tuple[str, int]] = {
     "frequency_bias": ("frequency bias", 0),
     "hss": ("Heidke skill score", 0),
 }
-# In the table: heading, and the value that is best.
+# In the tables: heading, and the value that is best.
 _COLUMNS: dict[str, tuple[str, float]] = {
     "mse": ("MSE", 0.0),
+    "rmse": ("RMSE", 0.0),
     "mae": ("MAE", 0.0),
+    "correlation": ("correlation", 1.0),
     "csi": ("CSI", 1.0),
+    "pod": ("POD", 1.0),
+    "far": ("FAR", 0.0),
+    "hss": ("HSS", 1.0),
     "frequency_bias": ("bias", 1.0),
 }
 
@@ -204,36 +209,36 @@ def derive(counts: xr.Dataset) -> xr.Dataset:
     return derived
 
 
-def table(skill: xr.Dataset, threshold: float | None = None) -> Table:
-    """The models side by side at each lead time, the best value of each in bold, and their mean over all lead times.
+def tables(skill: xr.Dataset) -> list[Table]:
+    """The models side by side at each lead time, and their mean over all lead times: values first, then each threshold.
+
+    The best value of each is bold. Of more than 12 lead times some are left out; skill.csv has them all.
 
     Args:
         skill: from `Skill.dataset`.
-        threshold: of the CSI and the frequency bias; None takes the middle one.
     """
-    chosen = skill[["mse", "mae"]]
-    thresholds = skill["threshold"].values
-    if thresholds.size:
-        threshold = float(thresholds[thresholds.size // 2]) if threshold is None else threshold
-        chosen = skill[list(_COLUMNS)].sel(threshold=threshold)
-    units = skill.attrs["units"]
-    lead_units = skill["lead_time"].attrs["units"]
-    headings = {name: heading for name, (heading, _) in _COLUMNS.items() if name in chosen}
-    event = f"; events: at least {threshold:g} {units}".removesuffix(" 1") if thresholds.size else ""
+    title, units = skill.attrs["title"], skill.attrs["units"].removeprefix("1")
+    made = [_table(title, skill[[name for name in _COLUMNS if name in _SCORES]])]
+    for threshold in skill["threshold"].values:
+        events = skill[[name for name in _COLUMNS if name in _EVENT_SCORES]].sel(threshold=threshold)
+        made.append(_table(f"{title}; events: at least {threshold:g} {units}".rstrip(), events))
+    return made
 
-    shown = Table(title=skill.attrs["title"] + event)
-    shown.add_column(f"lead time ({lead_units})", justify="right")
+
+def _table(title: str, scores: xr.Dataset) -> Table:
+    """Scores over model and lead_time."""
+    shown = Table(title=title)
+    shown.add_column(f"lead time ({scores['lead_time'].attrs['units']})", justify="right")
     shown.add_column("model")
-    for heading in headings.values():
-        shown.add_column(heading, justify="right")
-
-    leads = chosen.sizes["lead_time"]
+    for name in scores:
+        shown.add_column(_COLUMNS[str(name)][0], justify="right")
+    leads = scores.sizes["lead_time"]
     # All lead times up to 12, of more every n-th and the last.
     rows = range(leads - 1, -1, -max(1, -(-leads // 12)))[::-1]
-    groups = [(f"{float(chosen['lead_time'][row]):g}", chosen.isel(lead_time=row)) for row in rows]
-    for label, group in [*groups, ("mean", chosen.mean("lead_time", skipna=False))]:
-        cells = [_cells(group[name].values, _COLUMNS[name][1]) for name in headings]
-        for index, model in enumerate(skill["model"].values):
+    groups = [(f"{float(scores['lead_time'][row]):g}", scores.isel(lead_time=row)) for row in rows]
+    for label, group in [*groups, ("mean", scores.mean("lead_time", skipna=False))]:
+        cells = [_cells(group[name].values, _COLUMNS[str(name)][1]) for name in scores]
+        for index, model in enumerate(scores["model"].values):
             shown.add_row(label if index == 0 else "", str(model), *(column[index] for column in cells))
         shown.add_section()
     return shown

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from forecast import config
+from forecast import command_line, config
 from forecast.errors import UserError
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -16,7 +16,7 @@ CONF = Path(__file__).parent.parent / "conf"
 def sentence(overrides: list[str]) -> str:
     """What the user is told; it must be one line."""
     with pytest.raises(UserError) as refused:
-        config.accept(CONF, overrides)
+        command_line.accept(CONF, overrides)
     message = str(refused.value)
     assert "\n" not in message
     return message
@@ -61,18 +61,18 @@ def test_typo_in_an_experiment_file_is_refused(tmp_path: Path) -> None:
     ]:
         (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{body}\n")
         with pytest.raises(UserError, match=said) as refused:
-            config.accept(tmp_path, [f"experiment={name}"])
+            command_line.accept(tmp_path, [f"experiment={name}"])
         assert "\n" not in str(refused.value)
 
 
 def test_argument_of_a_class_needs_no_plus() -> None:
     given = ["trainer.fast_dev_run=true", "optimizer.amsgrad=true", "seed=3"]
-    assert config.accept(CONF, given) == ["++trainer.fast_dev_run=true", "++optimizer.amsgrad=true", "seed=3"]
+    assert command_line.accept(CONF, given) == ["++trainer.fast_dev_run=true", "++optimizer.amsgrad=true", "seed=3"]
 
 
 def test_sweep_tries_every_value_once() -> None:
     swept = ["model=convlstm,lstm", "seed=0,1,2"]
-    assert config.accept(CONF, swept) == swept
+    assert command_line.accept(CONF, swept) == swept
     assert "lsmt" in sentence(["model=convlstm,lsmt", "seed=0,1,2"])
 
 
@@ -83,7 +83,7 @@ def test_every_shipped_choice_is_valid(group: str) -> None:
     needed = {"loss": {"cross_entropy": ["model.head._target_=forecast.heads.Bernoulli"]}}
     for path in sorted((CONF / group).glob("*.yaml")):
         overrides = [f"{group}={path.stem}", *needed.get(group, {}).get(path.stem, [])]
-        composed = config.load(CONF, overrides)
+        composed = command_line.load(CONF, overrides)
         if OmegaConf.is_missing(composed.data, "archive"):
             composed.data.archive = "archive.nc"
         config.check(composed)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from forecast.cells.gru import GRU
 from forecast.cells.lstm import LSTM
-from forecast.config import build_network, load
+from forecast.command_line import load
+from forecast.config import build_network
 from forecast.errors import UserError
 from forecast.networks.encoder_forecaster import EncoderForecaster
 
@@ -208,9 +209,9 @@ def test_teaching_is_refused(make: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hidden": []}, "layers of 1 channel or more; received hidden=.."),
-        ({"hidden": [4, 0]}, "layers of 1 channel or more; received hidden=.4, 0."),
-        ({"patch": 0}, "An encoder-forecaster needs"),
+        ({"hidden": []}, "model.network.hidden is ..; give one layer or more"),
+        ({"hidden": [4, 0]}, "model.network.hidden is .4, 0.; give one layer or more"),
+        ({"patch": 0}, "model.network.patch is 0"),
         ({"input_kernel": [3]}, "input_kernel has 1 entries for 2 layers"),
         ({"recurrent_kernel": [3, 3, 3]}, "recurrent_kernel has 3 entries for 2 layers"),
         ({"input_kernel": 4}, "kernels of odd size"),

@@ -58,11 +58,14 @@ def test_only_commands_know_datamodules() -> None:
 
 
 def test_only_train_and_config_know_hydra() -> None:
-    assert importers("hydra") == {"train", "forecast.config"}
+    assert importers("hydra") == {"train", "forecast.config", "forecast.command_line"}
 
 
 def test_only_those_who_read_a_configuration_know_its_containers() -> None:
-    assert importers("omegaconf") <= {"train", "forecast.config", "forecast.checkpoint", "forecast.describe"}
+    assert importers("omegaconf") <= {
+        "train",
+        *(f"forecast.{name}" for name in ("config", "command_line", "checkpoint", "describe")),
+    }
 
 
 def test_nobody_knows_the_command() -> None:

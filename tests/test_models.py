@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from forecast.config import build_network, load
+from forecast.command_line import load
+from forecast.config import build_network
 from forecast.heads import Head
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -10,7 +10,7 @@ import pytest
 from conftest import WriteArchive, every
 from test_train import ENVIRONMENT, ROOT, write_mnist
 
-from forecast import config
+from forecast import command_line
 
 COMMAND = re.compile(r"^(?:\.venv/bin/)?python train\.py(.*?)(?:#.*)?$", re.MULTILINE)
 # What makes a command small: fewer samples and steps, on the CPU.
@@ -37,7 +37,15 @@ def test_command_of_the_readme_runs(command: str, tmp_path: Path, write_archive:
     ):
         arguments = [one.replace(f"={place}", f"={made()}") if one.endswith(f"={place}") else one for one in arguments]
     folder = [f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'run'}"]
-    typed = [sys.executable, "train.py", *arguments, *FEW[kind], *folder, "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    typed = [
+        sys.executable,
+        "train.py",
+        *arguments,
+        *FEW[kind],
+        *folder,
+        "trainer.max_epochs=1",
+        "trainer.accelerator=cpu",
+    ]
     ended = subprocess.run(typed, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "run=describe" in command or any((tmp_path / "run").rglob("skill.nc"))
@@ -47,7 +55,7 @@ def test_commands_of_the_quickstart_are_accepted() -> None:
     for command in commands("docs/quickstart.md"):
         # The shell takes the quotes off.
         arguments = [one.strip("'") for one in command.split() if one != "-m" and not one.startswith("model=mine")]
-        config.accept(ROOT / "conf", arguments)
+        command_line.accept(ROOT / "conf", arguments)
 
 
 def test_make_lists_its_targets_and_knows_those_of_the_readme() -> None:

@@ -60,9 +60,9 @@ def test_figures_of_every_quantity(quantity: Quantity) -> None:
     figure = forecast_figure(*sample(), quantity, cadence)
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
     assert titles == (
-        ["frame \N{MINUS SIGN}2", "frame 0", "frame +1", "frame +2", "frame +3"]
+        ["frame \N{MINUS SIGN}3", "frame \N{MINUS SIGN}1", "frame 0", "frame +1", "frame +2", "frame +3"]
         if quantity is DIGITS
-        else ["\N{MINUS SIGN}10 min", "issue time", "+5 min", "+10 min", "+15 min"]
+        else ["\N{MINUS SIGN}15 min", "\N{MINUS SIGN}5 min", "issue time", "+5 min", "+10 min", "+15 min"]
     )
     label = figure.axes[-1].get_ylabel()
     assert label == (quantity.long_name if quantity is DIGITS else f"{quantity.long_name} ({quantity.units})")
@@ -70,7 +70,7 @@ def test_figures_of_every_quantity(quantity: Quantity) -> None:
     assert panels == 3 + 2 * len(quantity.thresholds)
 
 
-@pytest.mark.parametrize(("past", "steps", "columns"), [(1, 1, 2), (10, 20, 8), (5, 12, 9)])
+@pytest.mark.parametrize(("past", "steps", "columns"), [(1, 1, 2), (10, 20, 9), (5, 12, 9)])
 def test_any_number_of_frames(past: int, steps: int, columns: int) -> None:
     figure = forecast_figure(*sample(("one",), past, steps), DBZ, 600)
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]

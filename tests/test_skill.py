@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from forecast.batch import Forecast
-from forecast.skill import Skill, derive, table, to_csv
+from forecast.skill import Skill, derive, tables, to_csv
 from forecast.units import Quantity
 
 QUANTITY = Quantity("equivalent_reflectivity_factor", "radar reflectivity", "dBZ", (20.0, 35.0), floor=-10.0)
@@ -151,7 +151,7 @@ def test_smallest_of_everything() -> None:
     none.update("one", Forecast(ones), ones, ones.bool(), torch.zeros(1, dtype=torch.int64))
     assert none.summary("one") == {"mse": 0.0, "mae": 0.0}
     assert to_csv(none.dataset()).splitlines()[0] == "model,lead_time_frames,mse,rmse,mae,mean_error,correlation"
-    assert table(none.dataset()).row_count == 2
+    assert [shown.row_count for shown in tables(none.dataset())] == [2]
 
 
 def test_states_are_no_part_of_a_checkpoint() -> None:
@@ -160,13 +160,17 @@ def test_states_are_no_part_of_a_checkpoint() -> None:
 
 def test_table_sets_models_side_by_side() -> None:
     dataset = skill().dataset()
-    shown = table(dataset, 35.0)
-    assert shown.row_count == (STEPS + 1) * len(MODELS)
-    console = Console(width=100, file=io.StringIO(), force_terminal=False)
-    console.print(shown)
+    values, *events = tables(dataset)
+    assert len(events) == dataset.sizes["threshold"]
+    console = Console(width=80, file=io.StringIO(), force_terminal=False)
+    for shown in (values, *events):
+        assert shown.row_count == (STEPS + 1) * len(MODELS)
+        console.print(shown)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     assert "35 dBZ" in text
     assert f"{float(dataset['csi'].sel(model='persistence', lead_time=50, threshold=35)):.4g}" in text
+    for name in ("pod", "far", "hss", "frequency_bias"):
+        assert f"{float(dataset[name].sel(model='persistence', lead_time=50, threshold=35)):.4g}" in text
     assert f"{float(dataset['mae'].sel(model='convlstm.v2').mean()):.4g}" in text
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from conftest import WriteArchive, every
 from omegaconf import OmegaConf
 
-from forecast import checkpoint, config
+from forecast import checkpoint, command_line
 from forecast.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ def test_checkpoint_of_another_network_is_refused_with_the_difference(finished: 
     network = {**known.model["network"], "hidden": [5]}
     other = checkpoint.Card(**{**vars(known), "model": {**known.model, "network": network}})
     with pytest.raises(UserError, match=r"model\.network\.hidden=\[4\], but this run has model\.network\.hidden=\[5\]"):
-        checkpoint.check_matches(path, other)
+        checkpoint.check_matches(path, other, frame_size=None, resume=False)
 
 
 def test_broken_and_foreign_checkpoints_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.ya
 def test_every_experiment_takes_a_step(experiment: str, tmp_path: Path, write_archive: WriteArchive) -> None:
     """Batch, frame size and number of steps shrink; layers, channels and loss stay."""
     given = [f"experiment={experiment}"]
-    composed = config.load(ROOT / "conf", given)
+    composed = command_line.load(ROOT / "conf", given)
     if composed.data._target_ == "datamodules.radar.RadarData":
         small = [f"data.archive={write_archive(times=every(600), size=(40, 44))}", "data.workers=0"]
         small += ["data.crop=32", "data.eval_crop=40"] if composed.data.crop else []
@@ -238,3 +239,54 @@ def write_mnist(folder: Path) -> Path:
         header = np.array([2051, number, 28, 28], ">i4").tobytes()
         (folder / name).write_bytes(header + rng.integers(0, 256, (number, 28, 28), np.uint8).tobytes())
     return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer.lr=-1"], "optimizer or its scheduler cannot be"),
+        (["scheduler=step", "scheduler.step_size=0"], "optimizer or its scheduler cannot be"),
+        (["monitor.metric=validation/mmse"], "choose one of validation/loss"),
+        (["trainer.overfit_batches=1"], "use trainer.limit_train_batches"),
+        (["trainer.precision=bf16-true"], "bf16-mixed"),
+        (["trainer.use_distributed_sampler=true"], "leave it false"),
+        (["loss=balanced"], "This loss is for data in mm/h"),
+        (["loss=null"], "loss is null"),
+        (["folder=here"], "hydra.run.dir"),
+        (["model.network.patch=0"], "model.network.patch is 0"),
+        (["seed=-1"], "seed is -1"),
+        (["optimizer.lr=1e30", "trainer.max_epochs=3"], "the training diverged"),
+    ],
+)
+def test_what_cannot_be_ends_with_a_sentence(overrides: list[str], said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}"]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode != 0
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_stranger_s_checkpoint_cannot_choose_the_code(finished: Path, tmp_path: Path) -> None:
+    content = checkpoint.read(finished / "checkpoints/best.ckpt")
+    for target in ("os.getcwd", "forecast.files.os.getcwd", "forecast.checkpoint.torch.load", "torch.nn.Module.apply"):
+        content[checkpoint.KEY]["model"]["network"]["cell"] = {"_target_": target}
+        torch.save(content, tmp_path / "strange.ckpt")
+        with pytest.raises(UserError, match="which is no module of"):
+            checkpoint.load_forecaster(tmp_path / "strange.ckpt")
+
+
+def test_last_checkpoint_is_the_last_whether_it_is_better_or_not(tmp_path: Path) -> None:
+    worse = ["trainer.max_epochs=3", "monitor.mode=max", "optimizer.lr=1e-3"]
+    train(tmp_path, *TINY, *worse)
+    epochs = {name: checkpoint.read(tmp_path / f"checkpoints/{name}.ckpt")["epoch"] for name in ("best", "last")}
+    assert epochs == {"best": 0, "last": 2}
+
+
+def test_split_by_dates_is_taken_from_the_command_line(tmp_path: Path, write_archive: WriteArchive) -> None:
+    archive = write_archive(times=every(400), size=(24, 20))
+    train_dates, test_dates = "train: [2025-02-27, 2025-02-28]", "test: [2025-02-28T18:00, 2025-03-01]"
+    split = f"{{{train_dates}, validation: [2025-02-28T06:00, 2025-02-28T12:00], {test_dates}}}"
+    printed = train(
+        tmp_path, "run=describe", "data=radar", f"data.archive={archive}", "data.workers=0", f"data.split={split}"
+    ).stdout
+    assert "133 in 1 blocks" in printed  # 24 h of frames every 10 min, 12 to a window

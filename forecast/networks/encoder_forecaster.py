@@ -112,8 +112,10 @@ class EncoderForecaster(nn.Module):
     ) -> None:
         super().__init__()
         depth = len(hidden)
-        if depth == 0 or min(hidden) < 1 or patch < 1:
-            raise UserError(f"An encoder-forecaster needs layers of 1 channel or more; received hidden={list(hidden)}.")
+        if depth == 0 or min(hidden) < 1:
+            raise UserError(f"model.network.hidden is {list(hidden)}; give one layer or more of 1 channel or more.")
+        if patch < 1:
+            raise UserError(f"model.network.patch is {patch}; it must be at least 1 (pixels as they are).")
         if (down is None) != (up is None):
             raise UserError("model.network.down and model.network.up go together: give both or neither.")
         if not down and refine:
