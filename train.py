@@ -114,8 +114,6 @@ def train(cfg: DictConfig) -> float | None:
 def fit_and_test(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> float | None:
     """Trains, scores the best checkpoint, and returns the best value of the monitor."""
     trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-    # Training that ends inside an epoch (trainer.max_steps, max_time) has steps that no callback saved.
-    trainer.save_checkpoint(Path(cfg.folder) / "checkpoints" / "last.ckpt", weights_only=False)
     chosen = trainer.checkpoint_callback
     trainer.test(
         module, data, ckpt_path=getattr(chosen, "best_model_path", "") or None, verbose=False, weights_only=True

@@ -52,6 +52,8 @@ def load(conf: Path, overrides: Sequence[str] = ()) -> DictConfig:
         return _compose(conf, overrides)
     except MissingConfigException as error:
         raise UserError(_no_such_choice(error)) from None
+    except ValueError as error:  # Hydra's own, of a group that is null
+        raise UserError(f"The command line has a mistake: {first_line(error)}.") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, conf, overrides) from None
 

@@ -43,6 +43,13 @@ def sentence(overrides: list[str]) -> str:
         ("experiment=nothing", "There is no experiment=nothing"),
         ("loss._target_=forecast.losses.MSE", "loss._target_ is 'forecast.losses.MSE', which cannot be imported"),
         ("data.seed=${sed}", "cannot be resolved"),
+        ("trainer.overfit_batches=1", "use trainer.limit_train_batches"),
+        ("trainer.precision=bf16-true", "bf16-mixed"),
+        ("trainer.use_distributed_sampler=true", "leave it false"),
+        ("trainer.logger=false", "loggers are chosen by logger=csv"),
+        ("loss=null", "The command line has a mistake"),
+        ("folder=here", "set it by hydra.run.dir=FOLDER"),
+        ("seed=-1", "seed is -1"),
     ],
 )
 def test_mistake_is_answered_with_one_sentence_that_names_it(override: str, said: str) -> None:
