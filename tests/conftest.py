@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import xarray as xr
 from hypothesis import settings
+from jaxtyping import install_import_hook
 from numpy.typing import NDArray
+
+# Shapes and types are checked while testing, and only then.
+install_import_hook(
+    [f"forecast.{room}" for room in ("cells", "networks", "recurrence", "heads", "losses")], "beartype.beartype"
+)
 
 # The same examples on each machine, however slow it is.
 settings.register_profile("stormcell", derandomize=True, deadline=None)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from forecast.errors import UserError
 from forecast.heads import Bernoulli, Head, Point
@@ -53,3 +54,8 @@ def test_what_a_head_cannot_say_it_refuses_or_leaves_open() -> None:
     for head in (Point(), Bernoulli()):
         assert head.channels == 1
         assert head.exceedance(raw, torch.tensor([0.5])) is None
+
+
+def test_shapes_are_checked_while_testing() -> None:
+    with pytest.raises(TypeCheckError):
+        Point().point(torch.zeros(2, 3))
