@@ -3,7 +3,7 @@
 Axes: B batch, T past frames, S forecast frames, X input channels, K head channels, C hidden channels, H W space.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from forecast.cells.cell import State
 from forecast.errors import UserError
-from forecast.networks.network import CellFactory, Output, per_layer, refuse_feedback
+from forecast.networks.network import CellFactory, EncodeThenForecast, per_layer
 from forecast.recurrence import Layer, Stack, each_frame, restart
 
 SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
@@ -66,7 +66,7 @@ def smoothing(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE))
 
 
-class EncoderForecaster(nn.Module):
+class EncoderForecaster(EncodeThenForecast):
     """Reads the past into the states of a stack of recurrent layers; a second stack, started from them, forecasts.
 
     The **2015 form** (Shi et al. 2015, arXiv 1506.04214; `down` and `up` absent): frames are cut into patches that become
@@ -91,9 +91,6 @@ class EncoderForecaster(nn.Module):
         inputs: channels of a past frame, static fields included.
         outputs: channels that the head wants, K.
     """
-
-    frame_size = None
-    streams = True
 
     def __init__(
         self,
@@ -200,25 +197,6 @@ class EncoderForecaster(nn.Module):
         read = outputs[-1] if self.downs else torch.cat(outputs, dim=2)
         raw = each_frame(self.output, read)
         return F.pixel_shuffle(raw, self.patch)[..., : size[0], : size[1]]
-
-    def forward(
-        self,
-        past: Float[Tensor, "B T P H W"],
-        steps: int,
-        *,
-        static: Float[Tensor, "B Q H W"],
-        state: Sequence[State] | None = None,
-        first: Tensor | None = None,
-        future: Tensor | None = None,
-        teach: Tensor | None = None,
-        feed: Callable[[Tensor], Tensor] | None = None,
-    ) -> Output:
-        """Past frames in model space -> raw output; the arguments are those of `Network`."""
-        refuse_feedback("The encoder-forecaster", teach, feed)
-        if static.shape[1]:
-            past = torch.cat([past, static.unsqueeze(1).expand(-1, past.shape[1], -1, -1, -1)], dim=2)
-        after = self.encode(past, state, first)
-        return Output(self.forecast(after, steps, (past.shape[-2], past.shape[-1])), after)
 
     def _prepare(self, past: Tensor) -> Tensor:
         """Adds coordinates, continues the frames to a size that divides, and cuts them into patches."""

@@ -3,7 +3,7 @@
 Axes: B batch, T past frames, S forecast frames, X input channels, K head channels, H W space, N tiles, V numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from forecast.cells.cell import State
 from forecast.errors import UserError
-from forecast.networks.network import CellFactory, Output, refuse_feedback
+from forecast.networks.network import CellFactory, EncodeThenForecast
 from forecast.recurrence import Layer, Stack, each_frame, restart
 
 
-class FlatEncoderForecaster(nn.Module):
+class FlatEncoderForecaster(EncodeThenForecast):
     """The FC-LSTM of Srivastava et al. (2015, arXiv 1502.04681) as Shi et al. (2015, arXiv 1506.04214) compare with it.
 
     Each frame is flattened to a vector. An encoder stack of vector cells reads the past; a forecaster stack takes over
@@ -34,8 +34,6 @@ class FlatEncoderForecaster(nn.Module):
         outputs: channels that the head wants, K.
         frame_size: H, W of the frames.
     """
-
-    streams = True
 
     def __init__(
         self,
@@ -97,28 +95,6 @@ class FlatEncoderForecaster(nn.Module):
         """The raw output of S steps from the encoder's state, for frames of H x W pixels."""
         outputs, _ = self.forecaster.sequence(None, state, steps)
         return self._unflatten(each_frame(self.output, outputs[-1]), size)
-
-    def forward(
-        self,
-        past: Float[Tensor, "B T P H W"],
-        steps: int,
-        *,
-        static: Float[Tensor, "B Q H W"],
-        state: Sequence[State] | None = None,
-        first: Tensor | None = None,
-        future: Tensor | None = None,
-        teach: Tensor | None = None,
-        feed: Callable[[Tensor], Tensor] | None = None,
-    ) -> Output:
-        """Past frames in model space -> raw output; the arguments are those of `Network`."""
-        refuse_feedback("The flattened encoder-forecaster", teach, feed)
-        if self.frame_size is not None and past.shape[-2:] != self.frame_size:
-            H, W = self.frame_size
-            raise UserError(f"This network takes frames of {H} x {W}; received {past.shape[-2]} x {past.shape[-1]}.")
-        if static.shape[1]:
-            past = torch.cat([past, static.unsqueeze(1).expand(-1, past.shape[1], -1, -1, -1)], dim=2)
-        after = self.encode(past, state, first)
-        return Output(self.forecast(after, steps, (past.shape[-2], past.shape[-1])), after)
 
     def _flatten(self, past: Tensor) -> Tensor:
         """B T X H W -> BN T V, one row for each tile."""

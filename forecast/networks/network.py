@@ -3,10 +3,13 @@
 Axes: B batch, T past frames, S forecast frames, L frames of raw output, X input channels, K head channels, H W space.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, State
 from forecast.errors import UserError
@@ -61,10 +64,44 @@ class Network(Protocol):
         ...
 
 
-def refuse_feedback(name: str, teach: Tensor | None, feed: Callable[[Tensor], Tensor] | None) -> None:
-    """For networks that never see their own output."""
-    if teach is not None or feed is not None:
-        raise UserError(f"{name} feeds nothing back, so that it cannot be taught; remove the teaching schedule.")
+class EncodeThenForecast(nn.Module):
+    """A network that reads the past into a state, and forecasts from that state alone."""
+
+    frame_size: tuple[int, int] | None = None
+    streams = True
+
+    @abstractmethod
+    def encode(self, past: Tensor, state: Sequence[State] | None = None, first: Tensor | None = None) -> list[State]:
+        """Past B T X H W -> the state after it; `state` and `first` as in `Network`."""
+
+    @abstractmethod
+    def forecast(self, state: Sequence[State], steps: int, size: tuple[int, int]) -> Tensor:
+        """The raw output B S K H W of S steps from a state, for frames of H x W pixels."""
+
+    def forward(
+        self,
+        past: Float[Tensor, "B T P H W"],
+        steps: int,
+        *,
+        static: Float[Tensor, "B Q H W"],
+        state: Sequence[State] | None = None,
+        first: Tensor | None = None,
+        future: Tensor | None = None,
+        teach: Tensor | None = None,
+        feed: Callable[[Tensor], Tensor] | None = None,
+    ) -> Output:
+        """Past frames in model space -> raw output; the arguments are those of `Network`."""
+        if teach is not None or feed is not None:
+            name = type(self).__name__
+            raise UserError(f"{name} feeds nothing back, so that it cannot be taught; remove the teaching schedule.")
+        size = (past.shape[-2], past.shape[-1])
+        if self.frame_size not in (None, size):
+            H, W = self.frame_size
+            raise UserError(f"This network takes frames of {H} x {W}; received {size[0]} x {size[1]}.")
+        if static.shape[1]:
+            past = torch.cat([past, static.unsqueeze(1).expand(-1, past.shape[1], -1, -1, -1)], dim=2)
+        after = self.encode(past, state, first)
+        return Output(self.forecast(after, steps, size), after)
 
 
 def per_layer(value: int | Sequence[int], layers: int, name: str) -> list[int]:
