@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from forecast import command_line, config
 from forecast.errors import UserError
+from forecast.heads import Point
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -103,10 +104,9 @@ def test_build_passes_on_what_the_class_names_and_nothing_else() -> None:
 
 
 def test_build_repeats_the_sentence_of_the_class() -> None:
+    part = OmegaConf.create({"_target_": "forecast.losses.MeanSquaredError", "reduction": "half"})
     with pytest.raises(UserError, match=r"Unknown loss\.reduction 'half'"):
-        config.build(
-            OmegaConf.create({"_target_": "forecast.losses.MeanSquaredError", "reduction": "half", "head": None})
-        )
+        config.build(part, head=Point())
 
 
 def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
