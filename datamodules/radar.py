@@ -202,7 +202,7 @@ class RadarData(FrameData):
             first = replace(
                 first,
                 name="rainfall_rate",
-                long_name=f"rain rate from {first.long_name}",
+                long_name="rain rate from reflectivity",
                 units="mm/h",
                 thresholds=THRESHOLDS["mm/h"],
                 floor=FLOORS["mm/h"],

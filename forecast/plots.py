@@ -6,6 +6,7 @@ Axes: T past frames, S forecast frames, C channels, H W space.
 """
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -119,7 +120,7 @@ def forecast_figure(
         bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.04, pad=0.015, aspect=14 * rows)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        bar.set_label(_axis_label(quantity.long_name, quantity.units))
+        bar.set_label(fill(_axis_label(quantity.long_name, quantity.units), 40))
         if isinstance(norm, BoundaryNorm):
             bar.set_ticks(list(norm.boundaries), labels=[f"{level:g}" for level in norm.boundaries])
     return figure

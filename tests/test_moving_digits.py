@@ -212,5 +212,5 @@ def test_mistakes_are_said(options: dict[str, Any], words: str) -> None:
 
 def test_the_configuration_names_every_argument() -> None:
     path = Path(__file__).parents[1] / "conf" / "data" / "moving_digits.yaml"
-    listed = set(OmegaConf.load(path)) - {"_target_"}  # type: ignore[arg-type]
+    listed = set(OmegaConf.load(path)) - {"_target_"}  # type: ignore[arg-type]  # a mapping, by its keys
     assert listed == set(inspect.signature(MovingDigitsData).parameters)

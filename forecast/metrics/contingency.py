@@ -33,7 +33,7 @@ Counts = TypeVar("Counts", NDArray[Any], xr.DataArray)
 def ratio(numerator: Counts, denominator: Counts) -> Counts:
     """numerator / denominator, and NaN where the denominator is 0."""
     # xarray leaves `where` without types.
-    quotient: Counts = numerator / xr.where(denominator != 0, denominator, np.nan)  # type: ignore[no-untyped-call]
+    quotient: Counts = numerator / xr.where(denominator != 0, denominator, np.nan)  # type: ignore[no-untyped-call]  # xarray has no types for it
     return quotient
 
 

@@ -100,7 +100,7 @@ def _variance(mean_square: Counts, mean: Counts) -> Counts:
     """mean(x^2) - mean(x)^2, and NaN where that is nothing but rounding: x is constant."""
     variance = mean_square - mean * mean
     # xarray leaves `where` without types.
-    spread: Counts = xr.where(variance > _CONSTANT * mean_square, variance, np.nan)  # type: ignore[no-untyped-call]
+    spread: Counts = xr.where(variance > _CONSTANT * mean_square, variance, np.nan)  # type: ignore[no-untyped-call]  # xarray has no types for it
     return spread
 
 
