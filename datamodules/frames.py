@@ -65,6 +65,7 @@ class FrameData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self._resumed_at = 0
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
@@ -78,6 +79,20 @@ class FrameData(pl.LightningDataModule):
         """Forecasters that only this data can offer (an oracle that knows how the frames were made), by name."""
         return {}
 
+    def state_dict(self) -> dict[str, int]:
+        """The epoch that training goes on with: a checkpoint taken after an epoch's last batch goes on with the next."""
+        assert self.trainer is not None
+        after_last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return {"epoch": self.trainer.current_epoch + int(after_last)}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        self._resumed_at = state_dict["epoch"]
+
+    def _epoch(self) -> int:
+        """The epoch whose batches are drawn next. Lightning draws the first ones before it knows where a run goes on."""
+        assert self.trainer is not None
+        return max(self.trainer.current_epoch, self._resumed_at)
+
     def _loader(self, split: Split) -> DataLoader[Batch]:
         windows = self.windows(split)
         trainer = self.trainer
@@ -88,8 +103,7 @@ class FrameData(pl.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
-            # Workers begin before Lightning calls set_epoch, which matters where a run is resumed.
-            epoch=trainer.current_epoch if trainer is not None and split == "train" else 0,
+            epoch_now=self._epoch if trainer is not None and split == "train" else None,
         )
         return DataLoader(
             windows,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee

@@ -1,6 +1,6 @@
 """Which samples a process draws, and in which order: one rule for one process and for many."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class BatchSampler(Sampler[Draw]):
     the same number of batches and no sample is scored twice. The order is a function of (seed, epoch).
 
     Use it as `DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)` with Lightning's
-    `use_distributed_sampler=False`; Lightning calls `set_epoch`.
+    `use_distributed_sampler=False`. The epoch is what `epoch_now` says when drawing begins, else what `set_epoch` said.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class BatchSampler(Sampler[Draw]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        epoch: int = 0,
+        epoch_now: Callable[[], int] | None = None,
     ) -> None:
         self.length = length
         self.batch_size = batch_size
@@ -46,7 +46,8 @@ class BatchSampler(Sampler[Draw]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = epoch
+        self.epoch = 0
+        self.epoch_now = epoch_now
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -60,13 +61,16 @@ class BatchSampler(Sampler[Draw]):
         return -(-self.share // self.batch_size)
 
     def __iter__(self) -> Iterator[Draw]:
+        if self.epoch_now is not None:
+            self.epoch = self.epoch_now()
+        epoch = self.epoch
         if self.shuffle:
             # A prime between the seeds keeps epoch 1 of seed 0 from being epoch 0 of seed 1.
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) & 0x7FFF_FFFF_FFFF_FFFF)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) & 0x7FFF_FFFF_FFFF_FFFF)
             order = torch.randperm(self.length, generator=generator).tolist()
         else:
             order = list(range(self.length))
         order += [PADDING] * (self.share * self.world_size - self.length)
         mine = order[self.rank :: self.world_size]
         for start in range(0, self.share, self.batch_size):
-            yield Draw(self.epoch, tuple(mine[start : start + self.batch_size]))
+            yield Draw(epoch, tuple(mine[start : start + self.batch_size]))

@@ -110,13 +110,13 @@ def test_broken_and_foreign_checkpoints_are_refused(finished: Path, tmp_path: Pa
         checkpoint.read(tmp_path / "none.ckpt")
 
 
-def test_training_goes_on_from_a_checkpoint(finished: Path, tmp_path: Path) -> None:
-    longer = [one for one in TINY if "max_epochs" not in one]
-    last = finished / "checkpoints/last.ckpt"
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    # With a worker, which begins to draw before Lightning tells the epoch.
+    longer = [*(one for one in TINY if "max_epochs" not in one), "data.workers=1"]
     train(tmp_path, *longer, "trainer.max_epochs=2", "scheduler=constant", "run=fit")
     assert checkpoint.read(tmp_path / "checkpoints/last.ckpt")["epoch"] == 1
     resumed = tmp_path / "resumed"
-    train(tmp_path / "short", *TINY, "scheduler=constant")
+    train(tmp_path / "short", *TINY, "scheduler=constant", "data.workers=1")
     train(
         resumed,
         *longer,
@@ -127,7 +127,6 @@ def test_training_goes_on_from_a_checkpoint(finished: Path, tmp_path: Path) -> N
     straight = checkpoint.read(tmp_path / "checkpoints/last.ckpt")["state_dict"]
     for name, weight in checkpoint.read(resumed / "checkpoints/last.ckpt")["state_dict"].items():
         np.testing.assert_allclose(weight.numpy(), straight[name].numpy(), atol=1e-6, err_msg=name)
-    assert last.exists()
 
 
 def test_radar_archive_is_trained_on_and_scored_by_threshold(tmp_path: Path, write_archive: WriteArchive) -> None:
