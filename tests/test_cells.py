@@ -84,7 +84,7 @@ def test_dense_equals_torch_in_outputs_state_and_all_gradients(form: str, depth:
             pairs += [(cell.input_map.bias, b_x)] if form == "gru-after" else []
             cells.append(cell)
         layers.append(Layer(*cells))
-    x, parts = normal(B, T, X), layers[0].forward_cell.states  # type: ignore[union-attr]  # it is there
+    x, parts = normal(B, T, X), layers[0].forward_cell.states  # type: ignore[union-attr]  # the layers here all have a forward cell, and states are tensors
     x_too = x.detach().clone().requires_grad_()
     start = [normal(depth * ways, B, C) for _ in range(parts)]
     start_too = [part.detach().clone().requires_grad_() for part in start]
@@ -240,7 +240,7 @@ def test_a_learned_initial_state_is_one_number_per_channel_everywhere(form: str,
     for part, row in zip(state, cell.initial, strict=True):
         assert part.shape == (5, 3, *space)
         close(part, row.view(1, 3, *(1,) * len(space)).expand_as(part))
-    sum(part.sum() for part in state).backward()  # type: ignore[union-attr]  # it is there
+    sum(part.sum() for part in state).backward()  # type: ignore[union-attr]  # the layers here all have a forward cell, and states are tensors
     pixels = torch.Size(space).numel()
     close(cell.initial.grad, torch.full_like(cell.initial, 5 * pixels))
     for part in make(form, 2, 3, spatial_dims=len(space)).initial_state(5, space, like.float()):
