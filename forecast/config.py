@@ -61,6 +61,10 @@ class Config:
     run: str = "fit"
     seed: int = 0
     ckpt_path: str | None = None
+    resume: str | None = None
+    init_from: str | None = None
+    freeze: list[str] = field(default_factory=list)
+    compile: bool = False
     folder: str = "."
     monitor: Monitor = field(default_factory=Monitor)
     data: dict[str, Any] = field(default_factory=dict)
