@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import BatchSampler, Draw
-from forecast.batch import Batch
+from forecast.batch import Batch, Frames
 from forecast.errors import UserError
 from forecast.units import Grid, Quantity, Transform
 
@@ -65,33 +65,47 @@ class FrameData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
-        self._resumed_at = 0
+        self._resumed_at = (0, 0)
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
         """Opens and checks everything; a second call does nothing."""
 
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal for equal data: no path, no date, and not the run's seed."""
+
     @abstractmethod
     def windows(self, split: Split) -> Windows:
         """The windows of that split; the same object at each call."""
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Frames:
+        """Decodes a batch on the device: packed numbers travel, physical values do not."""
+        past, known = self.quantity.decode(batch.past)
+        truth, valid = self.quantity.decode(batch.future)
+        valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
+        return Frames(past, known, truth, valid, batch.static, batch.time, batch.block, batch.first)
 
     def references(self) -> Mapping[str, Any]:
         """Forecasters that only this data can offer (an oracle that knows how the frames were made), by name."""
         return {}
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch that training goes on with: a checkpoint taken after an epoch's last batch goes on with the next."""
+        """Where training goes on: an epoch, and the number of its batches that are done."""
         assert self.trainer is not None
-        after_last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        return {"epoch": self.trainer.current_epoch + int(after_last)}
+        done = self.trainer.fit_loop.epoch_loop.batch_progress
+        if done.is_last_batch:
+            return {"epoch": self.trainer.current_epoch + 1, "batch": 0}
+        return {"epoch": self.trainer.current_epoch, "batch": done.current.ready}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        self._resumed_at = state_dict["epoch"]
+        self._resumed_at = (state_dict["epoch"], state_dict["batch"])
 
-    def _epoch(self) -> int:
-        """The epoch whose batches are drawn next. Lightning draws the first ones before it knows where a run goes on."""
+    def _begin_at(self) -> tuple[int, int]:
+        """Epoch and batch that are drawn next. Lightning draws the first ones before it knows where a run goes on."""
         assert self.trainer is not None
-        return max(self.trainer.current_epoch, self._resumed_at)
+        return max((self.trainer.current_epoch, 0), self._resumed_at)
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
         windows = self.windows(split)
@@ -103,7 +117,7 @@ class FrameData(pl.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer is not None else 0,
             world_size=trainer.world_size if trainer is not None else 1,
-            epoch_now=self._epoch if trainer is not None and split == "train" else None,
+            begin_at=self._begin_at if trainer is not None and split == "train" else None,
         )
         return DataLoader(
             windows,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee

@@ -3,7 +3,10 @@
 Axes: B batch, N digits on a canvas, L frames of a sequence, T past frames, S forecast frames, D side of a digit, H W.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,6 +42,14 @@ def deal(frames: NDArray[np.uint8], positions: NDArray[np.int64], past: int) -> 
         block=torch.where(sequence == PADDING, -1, sequence),
         first=torch.ones(len(positions), dtype=torch.bool),
     )
+
+
+class Sequences(Windows, Protocol):
+    """The sequences of one split."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal for equal sequences whatever the run's seed."""
 
 
 class MovingDigits:
@@ -83,6 +94,14 @@ class MovingDigits:
         self.seed = seed
         self.split = split
         self.fresh = fresh
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the images and all that makes sequences of them, except the seed."""
+        drawn = (self.split, self.blocks, self.past, self.future, self.size, self.digits, self.speed, self.fresh)
+        result = hashlib.blake2b(json.dumps([*drawn, self.images.shape]).encode(), digest_size=8)
+        result.update(np.ascontiguousarray(self.images).data)
+        return result.hexdigest()
 
     def __len__(self) -> int:
         return self.blocks
@@ -202,7 +221,7 @@ class MovingDigitsData(FrameData):
         self.quantity = FRAMES
         self.grid = Grid(size=(size, size))
         self.transform = Linear()
-        self._windows: dict[Split, Windows] = {}
+        self._windows: dict[Split, Sequences] = {}
 
     def images(self) -> Mapping[Split, NDArray[np.uint8]]:
         """The digits of each split, n D D uint8."""
@@ -230,8 +249,15 @@ class MovingDigitsData(FrameData):
                 fresh=self.fresh and split == "train",
             )
 
-    def windows(self, split: Split) -> Windows:
+    def windows(self, split: Split) -> Sequences:
         return self._windows[split]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits, equal for equal sequences in every split whatever the run's seed."""
+        self.setup()
+        splits = "".join(self._windows[split].fingerprint for split in SPLITS)
+        return hashlib.blake2b(splits.encode(), digest_size=8).hexdigest()
 
     def references(self) -> Mapping[str, Oracle]:
         test = self._windows["test"]

@@ -4,6 +4,7 @@ Axes: n images, B batch, N sequences in a file, L frames of a sequence, D side o
 """
 
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,14 @@ class RecordedDigits:
             raise UserError(
                 f"data.test is {sequences}, but data.test_file={path} has {N} sequences; set data.test={N}."
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the frames that are dealt, read one time step after another."""
+        result = hashlib.blake2b(f"{self.past} {self.future} {self.blocks}".encode(), digest_size=8)
+        for frames in self._open()[: self.past + self.future, : self.blocks]:
+            result.update(np.ascontiguousarray(frames).data)
+        return result.hexdigest()
 
     def __len__(self) -> int:
         return self.blocks

@@ -1,8 +1,9 @@
-"""Radar archives as windows: packed frames as they lie on disk, cropped as they are read, split in absolute time.
+"""Radar archives as a datamodule: what fits together, what is split where, and what must be said about it.
 
-Axes: B batch, T past frames, S forecast frames, C = 1 channel, K static fields, H W space.
+Axes: K static fields, H W space.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,81 +11,39 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from datamodules.cf import FLOORS, THRESHOLDS
 from datamodules.frames import FrameData, Split
-from datamodules.reader import Archive, open_archive
-from datamodules.sampler import Draw
-from datamodules.windows import Interval, WindowIndex, cadence_of, index_windows, split_times
-from forecast.batch import Batch
+from datamodules.reader import Archive, Crop, RadarWindows, cropped, open_archive
+from datamodules.statistics import fingerprint, statistics_of
+from datamodules.windows import (
+    RAINY,
+    Interval,
+    Place,
+    Times,
+    WindowIndex,
+    cadence_of,
+    event_borders,
+    index_windows,
+    repeated_frames,
+    split_times,
+    utc,
+)
 from forecast.errors import UserError
-from forecast.units import Grid, Quantity, Transform, default_transform, z_r_relation
+from forecast.units import Quantity, Transform, default_transform, z_r_relation
+
+log = logging.getLogger(__name__)
 
 
-class Crop(NamedTuple):
-    """A square of `size` pixels: at random where there is a seed, in the middle otherwise. No size: the whole frame."""
+class Outline(NamedTuple):
+    """What a split holds."""
 
-    size: int | None
-    seed: int | None = None
-
-    def place(self, frame: tuple[int, int], epoch: int, position: int) -> tuple[slice, slice]:
-        """Its rows and columns in a frame of H, W; a function of (seed, epoch, position)."""
-        if self.size is None:
-            return slice(0, frame[0]), slice(0, frame[1])
-        room = [length - self.size for length in frame]
-        if self.seed is None:
-            corner = [free // 2 for free in room]
-        else:
-            random = np.random.default_rng([self.seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, position])
-            corner = random.integers(0, room, endpoint=True).tolist()
-        return slice(corner[0], corner[0] + self.size), slice(corner[1], corner[1] + self.size)
-
-
-class RadarWindows:
-    """The windows of one split, read as they are asked for, a batch at a time."""
-
-    def __init__(
-        self,
-        archives: Sequence[Archive],
-        fields: Sequence[NDArray[np.float32]],
-        index: WindowIndex,
-        past: int,
-        future: int,
-        crop: Crop,
-    ) -> None:
-        self.archives = archives
-        self.fields = fields
-        """K H W of each archive."""
-        self.index = index
-        self.blocks = index.blocks
-        self.past = past
-        self.future = future
-        self.crop = crop
-
-    def __len__(self) -> int:
-        return len(self.index.start)
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        frames, fields, times, blocks = [], [], [], []
-        for position in draw.positions:
-            window = max(position, 0)  # padding shows the first window, and its block says that it counts for nothing
-            number, start = int(self.index.archive[window]), int(self.index.start[window])
-            archive = self.archives[number]
-            rows, columns = self.crop.place(archive.grid.size, draw.epoch, window)
-            frames.append(archive.read(slice(start, start + self.past + self.future), rows, columns))
-            fields.append(self.fields[number][:, rows, columns])
-            times.append(int(archive.times[start + self.past - 1]))
-            blocks.append(int(self.index.block[window]) if position >= 0 else -1)
-        sequence = torch.from_numpy(np.stack(frames)).unsqueeze(2)
-        return Batch(
-            past=sequence[:, : self.past],
-            future=sequence[:, self.past :],
-            static=torch.from_numpy(np.stack(fields)),
-            time=torch.tensor(times),
-            block=torch.tensor(blocks),
-            first=torch.ones(len(blocks), dtype=torch.bool),
-        )
+    span: Interval
+    """From its first frame to its last, seconds UTC, both inclusive."""
+    wet: float
+    """Mean wet share of its frames."""
 
 
 class RadarData(FrameData):
@@ -172,11 +131,18 @@ class RadarData(FrameData):
         fields = standardised([archive.fields(self.static) for archive in archives])
         times = np.concatenate([archive.times for archive in archives])
         intervals = split_times(times, self.split, self.guard_hours)
-        indices = {name: self._index(archives, self.cadence, name, within) for name, within in intervals.items()}
+        self._known = [statistics_of(archive) for archive in archives]
+        rainy = [archive.times[known.wet >= RAINY] for archive, known in zip(archives, self._known, strict=True)]
+        borders = event_borders(np.concatenate(rainy))
+        indices = {
+            name: self._index(archives, self.cadence, name, within, borders) for name, within in intervals.items()
+        }
         self._windows = {
             name: RadarWindows(archives, fields, index, self.past, self.future, self.crops[name])
             for name, index in indices.items()
         }
+        self._fingerprint = fingerprint(archives, self._known, fields)
+        self._warn(archives)
 
     def windows(self, split: Split) -> RadarWindows:
         """The windows of that split; the same object at each call."""
@@ -184,6 +150,57 @@ class RadarData(FrameData):
         if split not in self._windows:
             raise UserError(f"data.split leaves nothing for {split}; give it a share or dates.")
         return self._windows[split]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the archives, in order, and their static fields; not of how windows are cut from them."""
+        self.setup()
+        return self._fingerprint
+
+    def outline(self, split: Split) -> Outline:
+        """What a split holds."""
+        windows = self.windows(split)
+        frames = windows.frames()
+        times = np.concatenate([archive.times[own] for archive, own in zip(windows.archives, frames, strict=True)])
+        wet = np.concatenate([known.wet[own] for known, own in zip(self._known, frames, strict=True)])
+        return Outline(Interval(int(times.min()), int(times.max())), float(np.mean(np.nan_to_num(wet))))
+
+    def leaks(self) -> list[tuple[Place, ...]]:
+        """Frames with rain that are dealt in several splits, identical pixel by pixel; where, in each of them."""
+        self.setup()
+        dealt = {
+            split: [own[known.wet[own] > 0] for own, known in zip(windows.frames(), self._known, strict=True)]
+            for split, windows in self._windows.items()
+        }
+        return repeated_frames(dealt, [known.digest for known in self._known])
+
+    def _warn(self, archives: Sequence[Archive]) -> None:
+        """Says, once for all processes, what does not stop a run but spoils its scores."""
+        if found := self.leaks():
+            named = [
+                " = ".join(
+                    f"{utc(archives[number].times[frame])} of {Path(archives[number].path).name} ({split})"
+                    for split, number, frame in places
+                )
+                for places in found[:3]
+            ]
+            rank_zero_only(log.warning)(
+                "Frames with rain that are identical pixel by pixel lie in different splits, %d in all, so that scores "
+                "come out too good: %s; drop them from the archive, or split elsewhere.",
+                len(found),
+                "; ".join(named) + (" ..." if len(found) > 3 else ""),
+            )
+        packed = torch.tensor(max(float(np.nanmax(known.greatest)) for known in self._known))
+        raw = replace(self.quantity, scale=1.0, offset=0.0, missing=None)
+        greatest = float(raw.decode(packed)[0])
+        if unreached := [threshold for threshold in self.quantity.thresholds if threshold > greatest]:
+            rank_zero_only(log.warning)(
+                "No pixel reaches %s %s, since the largest value of the data is %g: nothing can be scored there; lower "
+                "data.thresholds.",
+                ", ".join(f"{threshold:g}" for threshold in unreached),
+                self.quantity.units,
+                greatest,
+            )
 
     def _quantity(self, archives: Sequence[Archive]) -> Quantity:
         first, *others = (archive.quantity for archive in archives)
@@ -252,10 +269,12 @@ class RadarData(FrameData):
                     f"data.{option}."
                 )
 
-    def _index(self, archives: Sequence[Archive], cadence: int, name: Split, within: Interval) -> WindowIndex:
+    def _index(
+        self, archives: Sequence[Archive], cadence: int, name: Split, within: Interval, borders: Times
+    ) -> WindowIndex:
         length = self.past + self.future
         times = [archive.times for archive in archives]
-        index = index_windows(times, cadence, length, self.strides[name], within)
+        index = index_windows(times, cadence, self.past, self.future, self.strides[name], within, borders)
         if not len(index.start):
             frames = sum(int(((within.start <= each) & (each < within.end)).sum()) for each in times)
             raise UserError(
@@ -264,13 +283,6 @@ class RadarData(FrameData):
                 "longer archive."
             )
         return index
-
-
-def cropped(grid: Grid, rows: slice, columns: slice) -> Grid:
-    """The part of a grid that a crop keeps."""
-    (y, x), (dy, dx) = grid.origin, grid.spacing
-    origin = (y + rows.start * dy, x + columns.start * dx)
-    return replace(grid, size=(rows.stop - rows.start, columns.stop - columns.start), origin=origin)
 
 
 def standardised(fields: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:

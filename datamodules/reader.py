@@ -1,17 +1,24 @@
-"""An archive of packed radar frames on disk, of which only what is asked for is read. Axes: T time, H W space."""
+"""An archive of packed radar frames on disk, of which only what is asked for is read, and windows of such frames.
+
+Axes: B batch, T time or past frames, S forecast frames, C = 1 channel, K static fields, H W space.
+"""
 
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from datamodules.cf import Dims, Packing, find_rain, grid_of, packing_of, times_of
-from datamodules.windows import Times
+from datamodules.sampler import Draw
+from datamodules.windows import Times, WindowIndex
+from forecast.batch import Batch
 from forecast.errors import UserError
 from forecast.units import Grid, Quantity
 
@@ -23,14 +30,26 @@ class Archive:
     """What is known of an archive, and its frames. Its file is opened when frames are first read, by each process."""
 
     def __init__(
-        self, path: str, variable: str, dims: Dims, packing: Packing, quantity: Quantity, grid: Grid, times: Times
+        self,
+        path: str,
+        variable: str,
+        dims: Dims,
+        packing: Packing,
+        quantity: Quantity,
+        grid: Grid,
+        times: Times,
+        chunks: tuple[int, int, int],
     ) -> None:
         self.path = path
         self.variable = variable
+        self.dtype = packing.dtype
+        """Of the packed numbers as they are dealt."""
         self.quantity = quantity
         self.grid = grid
         self.times = times
         """T seconds UTC."""
+        self.chunks = chunks
+        """T H W of the pieces that can be unpacked on their own; 1 where the file has none."""
         self._dims = dims
         self._packing = packing
         self._opened: xr.Dataset | None = None
@@ -61,6 +80,12 @@ class Archive:
         for other in others:
             packed[other] = one
         return packed
+
+    def valid(self, packed: Packed) -> NDArray[np.bool_]:
+        """Which of the packed numbers were observed."""
+        # Where there is no code for missing, every number differs from None.
+        valid: NDArray[np.bool_] = np.isfinite(packed) if packed.dtype.kind == "f" else packed != self.quantity.missing
+        return valid
 
     def fields(self, names: Sequence[str]) -> NDArray[np.float32]:
         """Variables that do not change in time, decoded, K H W; NaN where they are missing.
@@ -145,21 +170,84 @@ def open_archive(path: str, variable: str | None = None) -> Archive:
         times = times_of(opened, path, dims[0])
         packing, quantity = packing_of(data, meaning, path)
         grid = grid_of(opened, data, dims, path)
-        archive = Archive(path, str(data.name), dims, packing, quantity, grid, times)
-    if not _holds_anything(archive):
-        raise UserError(
-            f"Every pixel of {archive.variable!r} in {path} is missing; check _FillValue, or write it again."
+        sizes = data.encoding.get("preferred_chunks", {})
+        chunks = (sizes.get(dims[0], 1), sizes.get(dims[1], 1), sizes.get(dims[2], 1))
+        return Archive(path, str(data.name), dims, packing, quantity, grid, times, chunks)
+
+
+class Crop(NamedTuple):
+    """A square of `size` pixels: at random where there is a seed, in the middle otherwise. No size: the whole frame."""
+
+    size: int | None
+    seed: int | None = None
+
+    def place(self, frame: tuple[int, int], epoch: int, position: int) -> tuple[slice, slice]:
+        """Its rows and columns in a frame of H, W; a function of (seed, epoch, position)."""
+        if self.size is None:
+            return slice(0, frame[0]), slice(0, frame[1])
+        room = [length - self.size for length in frame]
+        if self.seed is None:
+            corner = [free // 2 for free in room]
+        else:
+            random = np.random.default_rng([self.seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, position])
+            corner = random.integers(0, room, endpoint=True).tolist()
+        return slice(corner[0], corner[0] + self.size), slice(corner[1], corner[1] + self.size)
+
+
+class RadarWindows:
+    """The windows of one split, read as they are asked for, a batch at a time."""
+
+    def __init__(
+        self,
+        archives: Sequence[Archive],
+        fields: Sequence[NDArray[np.float32]],
+        index: WindowIndex,
+        past: int,
+        future: int,
+        crop: Crop,
+    ) -> None:
+        self.archives = archives
+        self.fields = fields
+        """K H W of each archive."""
+        self.index = index
+        self.blocks = index.blocks
+        self.past = past
+        self.future = future
+        self.crop = crop
+
+    def __len__(self) -> int:
+        return len(self.index.start)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        frames, fields, times, blocks = [], [], [], []
+        for position in draw.positions:
+            window = max(position, 0)  # padding shows the first window, and its block says that it counts for nothing
+            number, start = int(self.index.archive[window]), int(self.index.start[window])
+            archive = self.archives[number]
+            rows, columns = self.crop.place(archive.grid.size, draw.epoch, window)
+            frames.append(archive.read(slice(start, start + self.past + self.future), rows, columns))
+            fields.append(self.fields[number][:, rows, columns])
+            times.append(int(archive.times[start + self.past - 1]))
+            blocks.append(int(self.index.block[window]) if position >= 0 else -1)
+        sequence = torch.from_numpy(np.stack(frames)).unsqueeze(2)
+        return Batch(
+            past=sequence[:, : self.past],
+            future=sequence[:, self.past :],
+            static=torch.from_numpy(np.stack(fields)),
+            time=torch.tensor(times),
+            block=torch.tensor(blocks),
+            first=torch.ones(len(blocks), dtype=torch.bool),
         )
-    archive.close()
-    return archive
+
+    def frames(self) -> list[NDArray[np.int64]]:
+        """Of each archive, the frames that lie in a window, ascending."""
+        length = np.arange(self.past + self.future)
+        starts = (self.index.start[self.index.archive == number] for number in range(len(self.archives)))
+        return [np.unique(own[:, None] + length) for own in starts]
 
 
-def _holds_anything(archive: Archive) -> bool:
-    """Is a single pixel valid? Sane archives say so in their first frames, and no more are read."""
-    many = 12
-    for first in range(0, len(archive.times), many):
-        packed = archive.read(slice(first, first + many))
-        valid = np.isfinite(packed) if packed.dtype.kind == "f" else packed != archive.quantity.missing
-        if np.any(valid):
-            return True
-    return False
+def cropped(grid: Grid, rows: slice, columns: slice) -> Grid:
+    """The part of a grid that a crop keeps."""
+    (y, x), (dy, dx) = grid.origin, grid.spacing
+    origin = (y + rows.start * dy, x + columns.start * dx)
+    return replace(grid, size=(rows.stop - rows.start, columns.stop - columns.start), origin=origin)

@@ -22,11 +22,13 @@ PADDING = -1
 class BatchSampler(Sampler[Draw]):
     """Deals the positions 0 .. length-1 to `world_size` processes, each once.
 
-    Where they do not come out even, the short processes are given padding, marked as such, so that every process takes
-    the same number of batches and no sample is scored twice. The order is a function of (seed, epoch).
+    Where they do not come out even, the last batches are filled up with padding, marked as such: every process takes the
+    same number of batches, every batch has the same shape, and no sample is scored twice. The order is a function of
+    (seed, epoch).
 
     Use it as `DataLoader(dataset, sampler=BatchSampler(...), batch_size=None)` with Lightning's
-    `use_distributed_sampler=False`. The epoch is what `epoch_now` says when drawing begins, else what `set_epoch` said.
+    `use_distributed_sampler=False`. The epoch, and the batch of it to begin with, are what `begin_at` says when drawing
+    begins; else the epoch is what `set_epoch` said, from its first batch.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class BatchSampler(Sampler[Draw]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        epoch_now: Callable[[], int] | None = None,
+        begin_at: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         self.length = length
         self.batch_size = batch_size
@@ -47,7 +49,7 @@ class BatchSampler(Sampler[Draw]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.epoch_now = epoch_now
+        self.begin_at = begin_at
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -55,14 +57,15 @@ class BatchSampler(Sampler[Draw]):
     @property
     def share(self) -> int:
         """Samples per process, padding included."""
-        return -(-self.length // self.world_size)
+        return len(self) * self.batch_size
 
     def __len__(self) -> int:
-        return -(-self.share // self.batch_size)
+        return -(-self.length // (self.world_size * self.batch_size))
 
     def __iter__(self) -> Iterator[Draw]:
-        if self.epoch_now is not None:
-            self.epoch = self.epoch_now()
+        begin = 0
+        if self.begin_at is not None:
+            self.epoch, begin = self.begin_at()
         epoch = self.epoch
         if self.shuffle:
             # A prime between the seeds keeps epoch 1 of seed 0 from being epoch 0 of seed 1.
@@ -72,5 +75,5 @@ class BatchSampler(Sampler[Draw]):
             order = list(range(self.length))
         order += [PADDING] * (self.share * self.world_size - self.length)
         mine = order[self.rank :: self.world_size]
-        for start in range(0, self.share, self.batch_size):
+        for start in range(begin * self.batch_size, self.share, self.batch_size):
             yield Draw(epoch, tuple(mine[start : start + self.batch_size]))

@@ -1,4 +1,6 @@
-"""Which frames make a window, which windows make a split, and which belong to one rain event. Numbers only, no files.
+"""Which frames make a window, which windows make a split, which belong to one rain event, and which frames leak.
+
+Numbers only, no files.
 
 Times are int64 seconds UTC. A run is a stretch of frames one cadence apart; a gap ends it, and no window crosses a gap.
 The splits are blocks of absolute time across all archives together, with a guard between them, so that two radars
@@ -22,7 +24,9 @@ HOUR = 3600
 LEAST_GUARD_HOURS = 6
 """Below it, one storm would be on both sides of a border: it would be learnt and then scored."""
 EVENT_PAUSE = 6 * HOUR
-"""Seconds without a frame in any archive after which the next frame begins a new event."""
+"""Seconds without a rainy frame in any archive that part two rain events."""
+RAINY = 0.01
+"""Wet share from which on a frame is rainy; with less there is an echo somewhere in almost any weather."""
 
 
 class Interval(NamedTuple):
@@ -164,29 +168,78 @@ class WindowIndex(NamedTuple):
     start: NDArray[np.int64]
     """N: its first frame there."""
     block: NDArray[np.int64]
-    """N: its rain event, 0 .. blocks-1."""
+    """N: its rain event, 0 .. blocks-1, in the order of time."""
     blocks: int
 
 
-def index_windows(archives: Sequence[Times], cadence: int, length: int, stride: int, within: Interval) -> WindowIndex:
-    """The windows whose every frame lies `within`, in all archives, numbered by event.
+def event_borders(rainy: Times) -> Times:
+    """Where one rain event ends and the next begins: the middle of each pause of `EVENT_PAUSE` or more.
 
-    Windows belong to the same event as long as no pause of `EVENT_PAUSE` without any frame lies between them, in
-    whichever archive the frames are.
+    So every moment belongs to one event, and between the rain of two events lie 6 dry hours at least. A frame that is
+    missing does not rain.
+
+    Args:
+        rainy: times of the rainy frames of all archives, in any order and with repetitions.
     """
-    archive, start, begin = [], [], []
+    times = np.unique(rainy)
+    ends = np.flatnonzero(np.diff(times) >= EVENT_PAUSE)
+    return times[ends] + (times[ends + 1] - times[ends]) // 2
+
+
+def index_windows(
+    archives: Sequence[Times], cadence: int, past: int, future: int, stride: int, within: Interval, borders: Times
+) -> WindowIndex:
+    """The windows whose every frame lies `within`, in all archives.
+
+    A window belongs to the rain event of its issue time, that of its last past frame, in whichever archive it is. The
+    events that have windows are numbered.
+
+    Args:
+        archives: the times of each.
+        cadence: seconds between frames.
+        past, future: frames of a window.
+        stride: frames between the starts of windows.
+        within: the split.
+        borders: between events, as `event_borders` gives them.
+    """
+    archive, start, issue = [], [], []
     for number, times in enumerate(archives):
         first, last = np.searchsorted(times, within)
-        starts = first + window_starts(times[first:last], cadence, length, stride)
+        starts = first + window_starts(times[first:last], cadence, past + future, stride)
         archive.append(np.full(len(starts), number, dtype=np.int64))
         start.append(starts)
-        begin.append(times[starts])
-    begins = np.concatenate(begin)
-    order = np.argsort(begins, kind="stable")
-    begins = begins[order]
-    # A window ends later than every one that began before it, so that the last one's end is the time covered so far.
-    pauses = np.diff(begins) - (length - 1) * cadence
-    block = np.concatenate([np.zeros(min(len(begins), 1)), np.cumsum(pauses >= max(EVENT_PAUSE, cadence + 1))])
-    block = block.astype(np.int64)
-    blocks = int(block[-1]) + 1 if len(block) else 0
-    return WindowIndex(np.concatenate(archive)[order], np.concatenate(start)[order], block, blocks)
+        issue.append(times[starts + past - 1])
+    issues = np.concatenate(issue)
+    order = np.argsort(issues, kind="stable")
+    events, block = np.unique(np.searchsorted(borders, issues[order], side="right"), return_inverse=True)
+    return WindowIndex(
+        np.concatenate(archive)[order], np.concatenate(start)[order], block.astype(np.int64), len(events)
+    )
+
+
+class Place(NamedTuple):
+    """Where a frame is dealt."""
+
+    split: Split
+    archive: int
+    frame: int
+
+
+def repeated_frames(
+    dealt: Mapping[Split, Sequence[NDArray[np.int64]]], digests: Sequence[NDArray[np.uint64]]
+) -> list[tuple[Place, ...]]:
+    """Frames that are dealt in several splits, under different times: what is tested on has been trained on.
+
+    Args:
+        dealt: of each split and each archive, the frames in its windows that are not dry: dry ones are often the same.
+        digests: of each archive's frames; equal for equal frames.
+
+    Returns:
+        For each such frame, the first place in each split that has it.
+    """
+    first: dict[int, dict[Split, Place]] = {}
+    for split, frames in dealt.items():
+        for number, own in enumerate(frames):
+            for frame, digest in zip(own.tolist(), digests[number][own].tolist(), strict=True):
+                first.setdefault(digest, {}).setdefault(split, Place(split, number, frame))
+    return [tuple(places.values()) for places in first.values() if len(places) > 1]

@@ -1,4 +1,4 @@
-"""The two contracts between rooms: what a datamodule deals, and what a forecaster answers.
+"""The contracts between rooms: what a datamodule deals, what it is once decoded, and what a forecaster answers.
 
 Axes: B batch, T past frames, S forecast frames, C channels, K static fields, M members, P thresholds, H W space.
 """
@@ -23,6 +23,24 @@ class Batch(NamedTuple):
     """B int64, the rain event (or sequence) that the window belongs to; -1 marks a padded sample, scored nowhere."""
     first: Tensor
     """B bool, the lane starts anew: no state is carried over into this window."""
+
+
+class Frames(NamedTuple):
+    """A batch decoded on the device, in physical units."""
+
+    past: Tensor
+    """B T C H W float32."""
+    known: Tensor
+    """B T C H W bool, where the past is valid."""
+    truth: Tensor
+    """B S C H W float32, what came."""
+    valid: Tensor
+    """B S C H W bool, where the truth is valid and counts: nowhere in a padded sample."""
+    static: Tensor
+    time: Tensor
+    block: Tensor
+    first: Tensor
+    """These four as in `Batch`."""
 
 
 class Forecast(NamedTuple):

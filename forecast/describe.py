@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.frames import SPLITS, FrameData
+from datamodules.radar import RadarData
+from datamodules.windows import utc
 from forecast.forecaster import NetworkForecaster
 from forecast.module import NowcastModule
 
@@ -33,7 +35,7 @@ def multiply_adds(network: nn.Module, past: tuple[int, ...], static: tuple[int, 
 
 
 def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None:
-    """Prints the resolved configuration, parameters, multiply-adds per forecast, and shapes."""
+    """Prints the resolved configuration, what the splits hold, parameters, multiply-adds per forecast, and shapes."""
     console = Console()
     console.print(Syntax(OmegaConf.to_yaml(config, resolve=True), "yaml", background_color="default"))
     H, W = data.grid.size
@@ -42,11 +44,10 @@ def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None
         "quantity": f"{data.quantity.long_name} ({data.quantity.units}), events >= {data.quantity.thresholds}",
         "past": " x ".join(map(str, past[1:])) + "  (T C H W)",
         "future": " x ".join(map(str, (data.future, 1, H, W))) + "  (S C H W)",
-        **{
-            f"{split} windows": f"{len(data.windows(split)):,} in {data.windows(split).blocks:,} blocks"
-            for split in SPLITS
-        },
+        "fingerprint of the data": data.fingerprint,
     }
+    if isinstance(data, RadarData):
+        rows["identical frames across splits"] = f"{len(data.leaks()):,}"
     if isinstance(module.forecaster, NetworkForecaster):
         network = module.forecaster.network
         parameters = sum(weight.numel() for weight in network.parameters())
@@ -56,3 +57,20 @@ def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    console.print(table_of_splits(data))
+
+
+def table_of_splits(data: FrameData) -> Table:
+    """A row for each split: how many windows and events (or sequences); of radar, its time and its rain."""
+    radar = isinstance(data, RadarData)
+    table = Table(title="splits", title_justify="left")
+    for heading in ("", "windows", *(("events", "from (UTC)", "until", "wet") if radar else ("sequences",))):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for split in SPLITS:
+        windows = data.windows(split)
+        cells = [split, f"{len(windows):,}", f"{windows.blocks:,}"]
+        if isinstance(data, RadarData):
+            (first, last), wet = data.outline(split)
+            cells += [utc(first)[:16], utc(last)[:16], f"{wet:.1%}"]
+        table.add_row(*cells)
+    return table

@@ -104,3 +104,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real observations: {folder} is not a folder (set STORMCELL_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept for a user is kept apart for the tests."""
+    os.environ["STORMCELL_CACHE"] = str(tmp_path_factory.mktemp("cache"))

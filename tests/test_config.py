@@ -1,9 +1,12 @@
 """The configuration: composes, refuses with a sentence, and builds."""
 
+import json
+import os
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 from omegaconf import OmegaConf
 
@@ -40,7 +43,7 @@ def sentence(overrides: list[str]) -> str:
         ("monitor.metrik=a", "did you mean 'metric'?"),
         ("data=radar", "data.archive is not set"),
         ("model.network=null", "either a network or a baseline"),
-        ("data.past=[", "The command line has a mistake"),
+        ("data.past=[", "data.past=[ is no KEY=VALUE"),
         ("experiment=nothing", "There is no experiment=nothing"),
         ("loss._target_=forecast.losses.MSE", "loss._target_ is 'forecast.losses.MSE', which cannot be imported"),
         ("data.seed=${sed}", "cannot be resolved"),
@@ -48,7 +51,8 @@ def sentence(overrides: list[str]) -> str:
         ("trainer.precision=bf16-true", "bf16-mixed"),
         ("trainer.use_distributed_sampler=true", "leave it false"),
         ("trainer.logger=false", "loggers are chosen by logger=csv"),
-        ("loss=null", "The command line has a mistake"),
+        ("loss=null", "loss is null; choose one of the files in conf/loss/."),
+        ("loss=mse,null", "loss is null; choose one of the files in conf/loss/."),
         ("folder=here", "set it by hydra.run.dir=FOLDER"),
         ("seed=-1", "seed is -1"),
     ],
@@ -109,11 +113,6 @@ def test_build_repeats_the_sentence_of_the_class() -> None:
         config.build(part, head=Point())
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train.py", *arguments, f"hydra.run.dir={folder}"]
-    return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=False, timeout=300)
-
-
 def test_mistakes_end_the_command_without_traceback(tmp_path: Path) -> None:
     for mistake in (
         ["data.pst=3"],
@@ -121,8 +120,41 @@ def test_mistakes_end_the_command_without_traceback(tmp_path: Path) -> None:
         ["ckpt_path=nowhere.ckpt"],
         ["run=test"],
     ):
-        ended = run(*mistake, folder=tmp_path / "run")
+        ended = commands.run(*mistake, folder=tmp_path / "run", check=False)
         assert ended.returncode != 0
         assert "Traceback" not in ended.stderr + ended.stdout
         assert ended.stderr.strip().splitlines()[-1].startswith("error: ")
         assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+PROBE = """
+import __main__, inspect, json, os, signal, sys
+def here(): pass
+said = {"argv": sys.argv, "original": sys.orig_argv[1:], "path": sys.path, "folder": os.getcwd(), "env": dict(os.environ)}
+said["main"] = [__main__.__file__, __name__, here.__module__, __main__.here is here, here.__code__.co_filename]
+said["spec"] = [repr(__spec__), __package__, "train" in sys.modules, "jaxtyping._import_hook" in str(sys.meta_path)]
+said["signals"] = [repr(signal.getsignal(one)) for one in (signal.SIGINT, signal.SIGCHLD, signal.SIGTERM)]
+said["streams"] = [one.isatty() for one in (sys.stdin, sys.stdout, sys.stderr)]
+print(json.dumps(said))
+print("héard", file=sys.stderr)
+raise SystemExit("so be it")
+"""
+
+
+def test_server_runs_a_script_as_python_does(tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    script = os.path.relpath(tmp_path / "probe.py", commands.ROOT)  # as train.py is given
+    given = {"env": {"PYTHONPATH": str(tmp_path / "more"), "STORM": "cell"}, "check": False}
+    alone = commands.run_alone("a=1", "b='x y'", script=script, **given)
+    served = commands.run("a=1", "b='x y'", script=script, **given)
+    assert (served.args, served.returncode, served.stderr) == (alone.args, 1, alone.stderr)
+    assert json.loads(served.stdout) == json.loads(alone.stdout)
+
+
+def test_command_of_the_server_is_a_process_that_can_be_killed(tmp_path: Path) -> None:
+    command = commands.start("data.train=100000", "trainer.accelerator=cpu", folder=tmp_path)
+    assert command.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        command.wait(timeout=0.01)
+    command.send_signal(signal.SIGKILL)
+    assert command.wait(timeout=60) == command.poll() == -signal.SIGKILL

@@ -131,6 +131,30 @@ def test_a_sample_depends_on_seed_split_epoch_and_position_alone() -> None:
     assert torch.equal(frames_of(fixed[Draw(3, (4,))]), frames_of(fixed[Draw(0, (4,))]))
 
 
+def test_a_fingerprint_changes_with_all_that_changes_frames_except_the_seed() -> None:
+    known = digits_data().fingerprint
+    assert len(known) == 16
+    same = [{"seed": 7}, {"batch_size": 3}, {"workers": 2}]
+    assert {digits_data(**options).fingerprint for options in same} == {known}
+    other: list[dict[str, Any]] = [
+        {"size": 50},
+        {"digits": 3},
+        {"digit_size": 15},
+        {"speed": (2.0, 4.5)},
+        {"train": 21},
+        {"validation": 7},
+        {"test": 8},
+        {"fresh": False},
+        {"past": 4},
+        {"future": 5},
+    ]
+    assert len({known, *(digits_data(**options).fingerprint for options in other)}) == 1 + len(other)
+    one, changed = moving(), moving()
+    changed.images = IMAGES.copy()
+    changed.images[6, 4, 4] ^= 1
+    assert one.fingerprint != changed.fingerprint
+
+
 def test_draws_are_uniform() -> None:
     sequences = moving(sequences=7000, speed=(2.0, 4.0))
     chosen, start, velocity = sequences._scenes(np.arange(7000), 0)
@@ -190,7 +214,7 @@ def test_the_oracle_is_the_truth() -> None:
         forecast = oracle.predict(past, valid, data.future, static=batch.static, time=batch.time)
         assert torch.equal(forecast.mean, data.quantity.decode(batch.future)[0])
         blocks += batch.block.tolist()
-    assert blocks == list(range(7))
+    assert blocks == [*range(7), PADDING]
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,25 @@ def test_the_recorded_test_set_is_used_where_it_is_named(root: Path, recorded: P
     assert sum((each.block >= 0).sum() for each in data.test_dataloader()) == 7
 
 
+def test_a_fingerprint_is_of_the_images_and_of_the_recorded_frames_that_are_dealt(
+    root: Path, recorded: Path, tmp_path: Path
+) -> None:
+    made, named = mnist(root).fingerprint, mnist(root, test_file=str(recorded)).fingerprint
+    frames = np.load(recorded)
+    for change, dealt in (((6, 6, 0, 0), True), ((7, 0, 0, 0), False), ((0, 7, 0, 0), False)):
+        changed = frames.copy()
+        changed[change] ^= 1
+        np.save(tmp_path / "changed.npy", changed)
+        fingerprint = mnist(root, test_file=str(tmp_path / "changed.npy")).fingerprint
+        assert (fingerprint != named) == dealt
+    (root / f"{TRAIN}.gz").write_bytes(gzip.compress(idx(TRAINING[::-1])))
+    prints = [mnist(root).fingerprint, mnist(root, test_file=str(recorded)).fingerprint]
+    assert len({made, named, *prints}) == 4
+    (root / f"{TRAIN}.gz").unlink()
+    (root / TRAIN).write_bytes(idx(TRAINING))
+    assert mnist(root).fingerprint == made
+
+
 def test_the_recorded_test_set_is_not_used_unless_it_is_named(root: Path, recorded: Path) -> None:
     data = mnist(root)
     data.setup()

@@ -1,6 +1,8 @@
 """Windows of radar are dealt the same whoever asks, leak nothing from split to split, and say what does not fit."""
 
+import logging
 import pickle
+from collections.abc import Mapping
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from conftest import CADENCE, RATE, START, WriteArchive, every, labelled, rain
+from conftest import CADENCE, DBZ, DEGREES, RATE, START, WriteArchive, every, labelled, rain
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from datamodules.radar import RadarData
 from datamodules.sampler import PADDING, BatchSampler, Draw
 from forecast.batch import Batch
+from forecast.describe import table_of_splits
 from forecast.errors import UserError
 from forecast.units import Z_R_RELATIONS, Linear, Quantity
 
@@ -132,6 +137,119 @@ def test_windows_can_be_sent_to_another_process(write_archive: WriteArchive) -> 
     assert_equal(pickle.loads(pickle.dumps(windows))[draw], expected)
 
 
+def dry(*stretches: slice) -> NDArray[np.uint8]:
+    """Frames for `LONG`, wet but for those stretches."""
+    numbers = labelled(400, 12, 14)
+    for stretch in stretches:
+        numbers[stretch] = 0
+    return numbers
+
+
+def test_rain_events_are_parted_by_dry_hours_over_all_archives(write_archive: WriteArchive) -> None:
+    split = {"train": ["2025-02-27", "2025-03-01"], "test": ["2025-03-01T06:00", "2025-03-03"]}
+    one = write_archive("one.nc", times=LONG, numbers=dry(slice(60, 100), slice(150, 180)))
+    windows = radar(one, split=split).windows("train")
+    # Rain at frames 59 and 100 is 41 frames apart: the border is at 79.5, and windows are issued at their third frame.
+    assert windows.blocks == 2
+    assert windows.index.block.tolist() == [0 if start + 2 < 79.5 else 1 for start in windows.index.start]
+    other = write_archive("two.nc", times=LONG, numbers=dry(slice(0, 79), slice(80, 400)))
+    assert radar([one, other], split=split).windows("train").blocks == 1
+
+
+def test_identical_frames_in_different_splits_are_told(
+    write_archive: WriteArchive, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = dry(slice(1, 400, 2), slice(150, 400))  # dry frames are all alike, and no leak
+    sound = radar(write_archive(times=LONG, numbers=numbers))
+    sound.setup()
+    assert sound.leaks() == []
+    assert not caplog.records
+
+    numbers[[361, 390, 391]] = numbers[[20, 40, 40]]
+    data = radar(write_archive("leaky.nc", times=LONG, numbers=numbers))
+    with caplog.at_level(logging.WARNING, logger="datamodules.radar"):
+        data.setup()
+    (record,) = caplog.records
+    assert "2 in all" in record.getMessage()
+    assert (
+        "2025-02-27 03:20:00 of leaky.nc (train) = 2025-03-01 12:10:00 of leaky.nc (test); 2025-02-27 06:40:00 of "
+        "leaky.nc (train) = 2025-03-01 17:00:00 of leaky.nc (test);" in record.getMessage()
+    )
+
+
+def test_thresholds_that_no_pixel_reaches_are_told(
+    write_archive: WriteArchive, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = labelled(240, 12, 14)
+    numbers[numbers < 255] = numbers[numbers < 255].clip(max=90)  # 35 dBZ
+    split = {"train": ["2025-02-27", "2025-02-28"], "test": ["2025-02-28T06:00", "2025-03-01"]}
+    path = write_archive(times=LONG[:240], numbers=numbers)
+
+    def told(**options: Any) -> list[str]:
+        caplog.clear()
+        radar(path, split=split, **options).setup()
+        return [record.getMessage() for record in caplog.records]
+
+    (line,) = told()
+    assert line.startswith("No pixel reaches 40 dBZ, since the largest value of the data is 35:")
+    (line,) = told(relation="marshall_palmer", thresholds=[1, 5, 5.7, 8])  # (10^3.5 / 200)^(1 / 1.6) = 5.62
+    assert line.startswith("No pixel reaches 5.7, 8 mm/h, since the largest value of the data is 5.61")
+    assert told(thresholds=[10, 35]) == []
+
+
+def test_splits_are_described_by_windows_events_time_and_rain(write_archive: WriteArchive) -> None:
+    numbers = dry(slice(0, 40), slice(60, 100))
+    numbers[:, 6:] = 0
+    split = {"train": ["2025-02-27", "2025-02-28"], "validation": ["2025-02-28T06:00", "2025-02-28T12:00"]}
+    data = radar(write_archive(times=LONG, numbers=numbers), split={**split, "test": ["2025-03-01", "2025-03-02"]})
+    console = Console(record=True, width=80)
+    console.print(table_of_splits(data))
+    rows = {row.split()[1]: row.split() for row in console.export_text().splitlines() if "2025" in row}
+    assert rows["train"][3::2][:2] == ["138", "2"]
+    assert " ".join(rows["train"]).count("2025-02-27 00:00 │ 2025-02-27 23:50") == 1
+    values = np.where(numbers == 255, np.nan, numbers)[:144]
+    share = np.mean((values >= 40).sum((1, 2)) / np.isfinite(values).sum((1, 2)))
+    assert rows["train"][-2] == f"{share:.1%}"
+
+
+def archived(write_archive: WriteArchive, name: str = "radar.nc", **options: Any) -> str:
+    """The fingerprint of an archive that is written so."""
+    static = options.pop("static", [])
+    more = {"height": (("y", "x"), labelled(1, 12, 14)[0] + options.pop("higher", 0.0), {})}
+    return radar(write_archive(name, **{"times": LONG, "more": more, **options}), static=static).fingerprint
+
+
+def test_a_fingerprint_is_of_the_data_and_not_of_the_file(write_archive: WriteArchive) -> None:
+    known = archived(write_archive)
+    assert len(known) == 16
+    assert int(known, 16) >= 0
+    assert archived(write_archive, "elsewhere.nc") == archived(write_archive, "chunked.zarr") == known
+    again = radar(write_archive(times=LONG), past=2, batch_size=1, seed=5, crop=6, eval_crop=6, stride=3)
+    assert again.fingerprint == known
+    with_height = archived(write_archive, static=["height"])
+    assert with_height == archived(write_archive, "elsewhere.nc", static=["height"])
+    one_pixel = labelled(400, 12, 14)
+    one_pixel[333, 7, 7] ^= 1
+    different: Mapping[str, Mapping[str, Any]] = {
+        "a pixel": {"numbers": one_pixel},
+        "times": {"times": LONG + CADENCE},
+        "a frame less": {"times": LONG[1:], "numbers": labelled(400, 12, 14)[1:]},
+        "packing": {"attributes": {**DBZ, "add_offset": -10.5}},
+        "the missing code": {"attributes": {**DBZ, "_FillValue": np.uint8(254)}},
+        "quantity": {"attributes": {**DBZ, "long_name": "vertical maximum"}},
+        "variable": {"variable": "zh"},
+        "grid": {"coordinates": {**DEGREES, "y": {}}},
+        "a static field": {"static": ["height"]},
+        "another static field": {"static": ["height"], "higher": np.eye(12, 14)},
+    }
+    prints = [archived(write_archive, **options) for options in different.values()]
+    assert len({known, with_height, *prints}) == 1 + len(different)
+    pair = [write_archive(name, times=LONG) for name in ("one.nc", "two.nc")]
+    pair.append(write_archive("three.nc", times=LONG, numbers=one_pixel))
+    assert radar(pair[:2]).fingerprint != known
+    assert radar(pair[1:]).fingerprint != radar(pair[:0:-1]).fingerprint
+
+
 def test_rain_rate_from_reflectivity(write_archive: WriteArchive) -> None:
     data = radar(write_archive(times=LONG), relation="dwd", floor=0.1, thresholds=[1, 10])
     data.setup()
@@ -214,7 +332,10 @@ def test_the_recipe_in_the_documentation_writes_a_good_archive(tmp_path: Path, m
     assert all(len(data.windows(split)) for split in ("train", "validation", "test"))
 
 
-def test_the_italian_archives_are_read_as_xarray_reads_them_and_split_without_a_leak(shared_data: Path) -> None:
+def test_the_italian_archives_are_read_as_xarray_reads_them_and_split_without_a_leak(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("STORMCELL_CACHE", str(tmp_path))
     paths = [str(shared_data / "radar" / f"italy_{place}_10min.nc") for place in ("north", "campania")]
     for path in paths:
         if not Path(path).exists():
@@ -232,6 +353,14 @@ def test_the_italian_archives_are_read_as_xarray_reads_them_and_split_without_a_
         assert all(last - first == 11 * 600 for first, last in spans)
         seen.append((min(first for first, _ in spans), max(last for _, last in spans)))
     assert all(later[0] - earlier[1] >= 6 * HOUR for earlier, later in pairwise(seen))
+
+    assert [data.windows(split).blocks for split in ("train", "validation", "test")] == [3, 1, 1]
+    assert not data.leaks()
+    split = {"train": ["2025-03-23", "2025-03-24"], "test": ["2025-03-25", "2025-03-26"]}
+    leaky = radar(paths[1], crop=128, eval_crop=128, split=split)
+    leaky.setup()
+    (record,) = caplog.records
+    assert "2025-03-23 13:00:00 of italy_campania_10min.nc (train) = 2025-03-25 03:40:00 of" in record.getMessage()
 
     windows = data.windows("train")
     for position in (0, len(windows) - 1):

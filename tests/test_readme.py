@@ -3,12 +3,13 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
+from commands import ROOT
 from conftest import WriteArchive, every
-from test_train import ENVIRONMENT, ROOT, write_mnist
+from test_train import write_mnist
 
 from forecast import command_line
 
@@ -22,11 +23,11 @@ FEW = {
 }
 
 
-def commands(page: str) -> list[str]:
+def typed(page: str) -> list[str]:
     return [found.strip() for found in COMMAND.findall((ROOT / page).read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("command", commands("README.md"))
+@pytest.mark.parametrize("command", typed("README.md"))
 def test_command_of_the_readme_runs(command: str, tmp_path: Path, write_archive: WriteArchive) -> None:
     kind = next((kind for kind in ("experiment", "moving_mnist", "radar") if kind in command), "digits")
     arguments = command.split()
@@ -36,23 +37,13 @@ def test_command_of_the_readme_runs(command: str, tmp_path: Path, write_archive:
         ("FILE", lambda: write_archive(times=every(400), size=(40, 44))),
     ):
         arguments = [one.replace(f"={place}", f"={made()}") if one.endswith(f"={place}") else one for one in arguments]
-    folder = [f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'run'}"]
-    typed = [
-        sys.executable,
-        "train.py",
-        *arguments,
-        *FEW[kind],
-        *folder,
-        "trainer.max_epochs=1",
-        "trainer.accelerator=cpu",
-    ]
-    ended = subprocess.run(typed, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    small = [*FEW[kind], "trainer.max_epochs=1", "trainer.accelerator=cpu"]
+    commands.run(*arguments, *small, f"hydra.sweep.dir={tmp_path / 'run'}", folder=tmp_path / "run")
     assert "run=describe" in command or any((tmp_path / "run").rglob("skill.nc"))
 
 
 def test_commands_of_the_quickstart_are_accepted() -> None:
-    for command in commands("docs/quickstart.md"):
+    for command in typed("docs/quickstart.md"):
         # The shell takes the quotes off.
         arguments = [one.strip("'") for one in command.split() if one != "-m" and not one.startswith("model=mine")]
         command_line.accept(ROOT / "conf", arguments)

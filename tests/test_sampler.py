@@ -21,12 +21,10 @@ def test_every_position_is_dealt_once_and_every_process_takes_as_many_batches(
     ]
     draws = [list(sampler) for sampler in samplers]
     assert {len(mine) for mine in draws} == {len(samplers[0])}
-    assert {tuple(len(draw.positions) for draw in mine) for mine in draws} == {
-        tuple(len(draw.positions) for draw in draws[0])
-    }
+    assert {len(draw.positions) for draw in chain.from_iterable(draws)} == {batch_size}
     positions = list(chain.from_iterable(draw.positions for draw in chain.from_iterable(draws)))
     assert sorted(p for p in positions if p != PADDING) == list(range(length))
-    assert positions.count(PADDING) == -length % world_size
+    assert positions.count(PADDING) == -length % (world_size * batch_size)
 
 
 @given(length=sizes, seed=st.integers(0, 2**62), epoch=st.integers(0, 1000))
@@ -50,6 +48,26 @@ def test_epochs_and_seeds_differ_but_processes_share_one_order() -> None:
     orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
     assert len(set(map(tuple, orders))) == 4
     assert [order(0, 0, rank, 2) for rank in range(2)] == [order(0, 0)[0::2], order(0, 0)[1::2]]
+
+
+@given(length=sizes, batch_size=st.integers(1, 9), epoch=st.integers(0, 5), data=st.data())
+def test_an_epoch_goes_on_where_it_was_left(length: int, batch_size: int, epoch: int, data: st.DataObject) -> None:
+    whole = BatchSampler(length, batch_size, shuffle=True, seed=1)
+    whole.set_epoch(epoch)
+    done = data.draw(st.integers(0, len(whole)))
+    rest = BatchSampler(length, batch_size, shuffle=True, seed=1, begin_at=lambda: (epoch, done))
+    assert list(rest) == list(whole)[done:]
+
+
+@given(length=sizes, batch_size=st.integers(1, 5), world_size=st.integers(1, 4))
+def test_batches_of_all_processes_together_are_those_of_one(length: int, batch_size: int, world_size: int) -> None:
+    one = BatchSampler(length, batch_size * world_size, shuffle=True, seed=2)
+    many = [
+        BatchSampler(length, batch_size, shuffle=True, seed=2, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for joined, parts in zip(one, zip(*many, strict=True), strict=True):
+        assert sorted(joined.positions) == sorted(p for part in parts for p in part.positions)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

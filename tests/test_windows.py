@@ -1,4 +1,4 @@
-"""No window over a gap, no frame in two splits, no storm on both sides of a border."""
+"""No window over a gap, no frame in two splits, no storm on both sides of a border, no event without a dry pause."""
 
 from itertools import pairwise
 
@@ -14,8 +14,11 @@ from datamodules.windows import (
     EVENT_PAUSE,
     HOUR,
     Interval,
+    Place,
     cadence_of,
+    event_borders,
     index_windows,
+    repeated_frames,
     split_times,
     window_starts,
 )
@@ -64,22 +67,71 @@ def test_splits_of_all_archives_keep_the_guard_and_the_order(archives: list[Time
         assert later[0] - earlier[-1] >= guard * HOUR
 
 
-@given(archives=st.lists(gappy(), min_size=1, max_size=3), length=lengths, stride=st.integers(1, 5))
-def test_windows_lie_in_their_split_and_events_are_parted_by_pauses(
-    archives: list[Times], length: int, stride: int
+@st.composite
+def rainy(draw: st.DrawFn) -> list[tuple[Times, Times]]:
+    """Some archives: the times of each, and of its frames with rain, which fall in bursts."""
+    archives = draw(st.lists(gappy(), min_size=1, max_size=3))
+    pause = st.integers(34, 38) | st.integers(2, 200)  # frames; 36 are six hours
+    wet, start = [np.empty(0, dtype=np.int64)], START
+    for frames, gap in draw(st.lists(st.tuples(st.integers(1, 30), pause), max_size=12)):
+        wet.append(start + CADENCE * np.arange(frames))
+        start += CADENCE * (frames - 1 + gap)
+    return [(times, np.intersect1d(times, np.concatenate(wet))) for times in archives]
+
+
+@given(archives=rainy())
+def test_events_are_parted_by_six_dry_hours_and_hold_no_such_pause(archives: list[tuple[Times, Times]]) -> None:
+    wet = sorted({int(time) for _, own in archives for time in own})
+    borders = event_borders(np.concatenate([own for _, own in archives])).tolist()
+    parted = [(one, next_) for one, next_ in pairwise(wet) if any(one < border <= next_ for border in borders)]
+    assert parted == [(one, next_) for one, next_ in pairwise(wet) if next_ - one >= EVENT_PAUSE]
+    assert borders == [(one + next_) // 2 for one, next_ in parted]
+
+
+def test_six_dry_hours_are_cut_in_the_middle_and_the_issue_time_decides() -> None:
+    times = every(60)
+    borders = event_borders(times[[0, 36]])
+    assert borders.tolist() == [times[18]]
+    assert event_borders(times[[0, 35]]).tolist() == []
+    index = index_windows([times], CADENCE, 3, 5, 1, Interval(START, START + 60 * CADENCE), borders)
+    assert index.start[index.block == 1].tolist() == list(range(16, 53))
+    assert index.blocks == 2
+
+
+@given(archives=rainy(), past=lengths, future=lengths, stride=st.integers(1, 5))
+def test_a_window_lies_in_its_split_and_in_the_event_of_its_issue_time(
+    archives: list[tuple[Times, Times]], past: int, future: int, stride: int
 ) -> None:
-    for within in split_times(np.concatenate(archives), [0.6, 0.2, 0.2], 6).values():
-        index = index_windows(archives, CADENCE, length, stride, within)
-        spans = [archives[a][s : s + length] for a, s in zip(index.archive, index.start, strict=True)]
+    times = [own for own, _ in archives]
+    borders = event_borders(np.concatenate([own for _, own in archives]))
+    for within in split_times(np.concatenate(times), [0.6, 0.2, 0.2], 6).values():
+        index = index_windows(times, CADENCE, past, future, stride, within, borders)
+        spans = [times[a][s : s + past + future] for a, s in zip(index.archive, index.start, strict=True)]
         assert all(within.start <= span[0] and span[-1] < within.end for span in spans)
         pairs = list(zip(index.archive.tolist(), index.start.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
 
         assert sorted(set(index.block.tolist())) == list(range(index.blocks))
-        covered = np.unique(np.concatenate([*spans, np.empty(0, dtype=np.int64)]))
-        event = np.cumsum(np.diff(covered, prepend=covered[:1]) >= EVENT_PAUSE)
-        expected = [int(event[np.searchsorted(covered, span[0])]) for span in spans]
-        assert index.block.tolist() == expected
+        event = [sum(border <= span[past - 1] for border in borders) for span in spans]
+        assert index.block.tolist() == [sorted(set(event)).index(each) for each in event]
+
+
+@given(
+    digests=st.lists(st.lists(st.integers(0, 12), min_size=9, max_size=9), min_size=1, max_size=3),
+    cuts=st.tuples(st.integers(0, 9), st.integers(0, 9)).map(sorted),
+)
+def test_a_frame_leaks_if_its_like_is_dealt_in_another_split(digests: list[list[int]], cuts: list[int]) -> None:
+    bounds = dict(zip(SPLITS, pairwise([0, *cuts, 9]), strict=True))
+    dealt = {split: [np.arange(first, last)] * len(digests) for split, (first, last) in bounds.items()}
+    found = repeated_frames(dealt, [np.array(own, np.uint64) for own in digests])
+    expected = []
+    for digest in range(13):
+        places = []
+        for split, (first, last) in bounds.items():
+            own = [(a, f) for a in range(len(digests)) for f in range(first, last) if digests[a][f] == digest]
+            places += [Place(split, *own[0])] if own else []
+        expected += [tuple(places)] if len(places) > 1 else []
+    assert sorted(found) == sorted(expected)
 
 
 def test_shares_are_of_frames_not_of_time() -> None:
