@@ -1,11 +1,11 @@
-"""The two figures of a run: one window forecast by every model, and the skill by lead time.
+"""The two figures of a run: one window forecast by every model, and the skill by lead time; `film.py` shares the pieces.
 
 Figures are made without pyplot: no global state, no display, and safe in a training process.
 
 Axes: T past frames, S forecast frames, C channels, H W space.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -35,7 +36,7 @@ _MINUS = "\N{MINUS SIGN}"
 # Okabe and Ito's colours for all kinds of colour vision (jfly.uni-koeln.de/color), the yellow left out.
 _MODELS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 # Any: the type that matplotlib gives to these spells out every key.
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.edgecolor": "0.4",
@@ -75,15 +76,13 @@ def forecast_figure(
     """
     observed = np.where(valid, truth, np.nan)
     past_frames, lead_frames = _every(len(past), 3), _every(len(truth), 6)
-    colours, norm = _colours(quantity, observed)
-    aspect, origin = _shape(grid)
+    scale = colour_scale(quantity, observed)
 
-    height, width = truth.shape[-2:]
     columns = len(past_frames) + len(lead_frames)
     rows = 1 + len(forecasts)
     side = 1.35
-    with rc_context(_STYLE):
-        tall = side * float(np.clip(height / width * aspect, 0.4, 2.0))
+    with rc_context(STYLE):
+        tall = side * panel_height(truth, grid)
         layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
         figure = Figure(figsize=(side * columns + 1.5, tall * rows + 0.55), layout=layout)
         # An empty column parts what was known from what was to come.
@@ -93,21 +92,17 @@ def forecast_figure(
 
         def show(row: int, column: int, frame: NDArray[Any]) -> Axes:
             ax = figure.add_subplot(cells[row, column])
-            image = np.ma.masked_invalid(frame[0])
-            # Where pixels of the screen are the larger, colours are blended, not values: no rain that was not there.
-            ax.imshow(image, cmap=colours, norm=norm, origin=origin, aspect=aspect, interpolation_stage="rgba")
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(visible=True, color="0.75")
+            show_frame(ax, frame, scale, grid)
             axes.append(ax)
             return ax
 
         for column, frame in enumerate(past_frames):
             ax = show(0, column, past[frame])
-            ax.set_title(_time(int(frame) + 1 - len(past), cadence), color="0.45")
+            ax.set_title(time_label(frame + 1 - len(past), cadence), color="0.45")
             if column == 0:
                 ax.set_ylabel("observed")
         for column, frame in enumerate(lead_frames, start=len(past_frames) + 1):
-            show(0, column, observed[frame]).set_title(_time(int(frame) + 1, cadence))
+            show(0, column, observed[frame]).set_title(time_label(frame + 1, cadence))
             for row, forecast in enumerate(forecasts.values(), start=1):
                 show(row, column, forecast[frame])
         for row, name in enumerate(forecasts, start=1):
@@ -115,14 +110,9 @@ def forecast_figure(
             label.set_axis_off()
             label.text(1.0, 0.5, name, ha="right", va="center", fontsize=10.5, transform=label.transAxes)
             if row == len(forecasts) and np.isnan(observed).any():
-                label.legend([Patch(color=_missing(quantity))], ["no data"], loc="lower left", frameon=False)
+                label.legend([Patch(color=missing_colour(quantity))], ["no data"], loc="lower left", frameon=False)
 
-        bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.04, pad=0.015, aspect=14 * rows)
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0)
-        bar.set_label(fill(_axis_label(quantity.long_name, quantity.units), 40))
-        if isinstance(norm, BoundaryNorm):
-            bar.set_ticks(list(norm.boundaries), labels=[f"{level:g}" for level in norm.boundaries])
+        colour_bar(figure, axes, quantity, aspect=14 * rows)
     return figure
 
 
@@ -138,7 +128,7 @@ def skill_figure(skill: xr.Dataset) -> Figure:
     # With one threshold, its CSI and its bias share a row.
     rows = 1 + min(2, len(thresholds))
     units = skill["threshold"].attrs["units"]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(2.5 * columns + 0.4, 2.05 * rows + 0.75), layout="constrained")
         cells = figure.add_gridspec(rows, columns)
 
@@ -185,6 +175,76 @@ def skill_figure(skill: xr.Dataset) -> Figure:
     return figure
 
 
+def show_frame(ax: Axes, frame: NDArray[Any], scale: tuple[Colormap, Normalize], grid: Grid | None) -> AxesImage:
+    """Draws the first channel of a frame.
+
+    Args:
+        ax: where.
+        frame: C H W, physical values; NaN where missing.
+        scale: from `colour_scale`.
+        grid: see `forecast_figure`.
+    """
+    aspect, origin = _shape(grid)
+    image = np.ma.masked_invalid(frame[0])
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color="0.75")
+    # Where pixels of the screen are the larger, colours are blended, not values: no rain that was not there.
+    return ax.imshow(image, cmap=scale[0], norm=scale[1], origin=origin, aspect=aspect, interpolation_stage="rgba")
+
+
+def panel_height(frames: NDArray[Any], grid: Grid | None) -> float:
+    """Height over width of the panel in which frames are drawn."""
+    height, width = frames.shape[-2:]
+    return float(np.clip(height / width * _shape(grid)[0], 0.4, 2.0))
+
+
+def colour_scale(quantity: Quantity, values: NDArray[Any]) -> tuple[Colormap, Normalize]:
+    """Colours and levels that a reader of that quantity expects.
+
+    Args:
+        quantity: known by its units.
+        values: set the levels where the units set none.
+    """
+    colours: Colormap
+    norm: Normalize
+    if quantity.units in _LEVELS:
+        levels = _LEVELS[quantity.units]
+        colours = LinearSegmentedColormap.from_list("radar", _RADAR, N=len(levels))
+        norm = BoundaryNorm(levels, len(levels), extend="max")
+    elif quantity.units == "1":
+        colours = LinearSegmentedColormap.from_list("grey", ("black", "white"))
+        norm = Normalize(0.0, 1.0)
+    else:
+        colours = LinearSegmentedColormap.from_list("sequence", ("#f7fbff", "#6baed6", "#08306b"))
+        finite = values[np.isfinite(values)]
+        norm = Normalize(finite.min(), finite.max()) if finite.size else Normalize(0.0, 1.0)
+    below = "white" if quantity.units in _LEVELS else None
+    return colours.with_extremes(bad=missing_colour(quantity), under=below), norm
+
+
+def missing_colour(quantity: Quantity) -> str:
+    """Grey, or slate where grey is a value."""
+    return "#5b7086" if quantity.units == "1" else "#b9b9b9"
+
+
+def colour_bar(figure: Figure, axes: Sequence[Axes], quantity: Quantity, aspect: float) -> None:
+    """Adds the scale of the frames in `axes`, named and with its units, `aspect` times as long as wide."""
+    image = axes[0].images[0]
+    bar = figure.colorbar(image, ax=list(axes), fraction=0.04, pad=0.015, aspect=aspect)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    bar.set_label(fill(_axis_label(quantity.long_name, quantity.units), 40))
+    if isinstance(image.norm, BoundaryNorm):
+        bar.set_ticks(list(image.norm.boundaries), labels=[f"{level:g}" for level in image.norm.boundaries])
+
+
+def time_label(frame: int, cadence: int | None) -> str:
+    """The time of a frame after (before) the issue time, which is frame 0."""
+    if cadence is None:
+        return f"frame {frame:+d}".replace("-", _MINUS) if frame else "frame 0"
+    return f"{frame * cadence / 60:+g} min".replace("-", _MINUS) if frame else "issue time"
+
+
 def _line(ax: Axes, lead_time: NDArray[Any], score: NDArray[Any], name: str, index: int) -> None:
     # Colours come round after seven models, dashes tell the rounds apart.
     dashes = ("-", "--", ":")[index // len(_MODELS) % 3]
@@ -199,29 +259,6 @@ def _every(frames: int, most: int) -> list[int]:
     return [round(i * (frames - 1) / (most - 1)) for i in range(most)]
 
 
-def _colours(quantity: Quantity, values: NDArray[Any]) -> tuple[Colormap, Normalize]:
-    """Colours and levels that a reader of that quantity expects."""
-    colours: Colormap
-    norm: Normalize
-    if quantity.units in _LEVELS:
-        levels = _LEVELS[quantity.units]
-        colours = LinearSegmentedColormap.from_list("radar", _RADAR, N=len(levels))
-        norm = BoundaryNorm(levels, len(levels), extend="max")
-    elif quantity.units == "1":
-        colours = LinearSegmentedColormap.from_list("grey", ("black", "white"))
-        norm = Normalize(0.0, 1.0)
-    else:
-        colours = LinearSegmentedColormap.from_list("sequence", ("#f7fbff", "#6baed6", "#08306b"))
-        finite = values[np.isfinite(values)]
-        norm = Normalize(finite.min(), finite.max()) if finite.size else Normalize(0.0, 1.0)
-    return colours.with_extremes(bad=_missing(quantity), under="white" if quantity.units in _LEVELS else None), norm
-
-
-def _missing(quantity: Quantity) -> str:
-    """Grey, or slate where grey is a value."""
-    return "#5b7086" if quantity.units == "1" else "#b9b9b9"
-
-
 def _shape(grid: Grid | None) -> tuple[float, Literal["upper", "lower"]]:
     """Height of a pixel over its width, and where the first row is drawn."""
     if grid is None:
@@ -233,13 +270,6 @@ def _shape(grid: Grid | None) -> tuple[float, Literal["upper", "lower"]]:
         aspect /= float(np.cos(np.deg2rad(middle)))
     # Rows of an image count downwards, northings and latitudes upwards.
     return aspect, "lower" if rise > 0 and grid.units != "pixel" else "upper"
-
-
-def _time(frame: int, cadence: int | None) -> str:
-    """The time of a frame after (before) the issue time, which is frame 0."""
-    if cadence is None:
-        return f"frame {frame:+d}".replace("-", _MINUS) if frame else "frame 0"
-    return f"{frame * cadence / 60:+g} min".replace("-", _MINUS) if frame else "issue time"
 
 
 def _axis_label(name: str, units: str) -> str:

@@ -1,4 +1,4 @@
-"""What a test leaves in its folder: skill.nc, skill.csv and two figures, each written whole or not at all."""
+"""What a test leaves in its folder: skill.nc, skill.csv and two figures and a film, each written whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from forecast.files import whole
+from forecast.film import write_film
 from forecast.plots import forecast_figure, skill_figure
 from forecast.skill import to_csv
 from forecast.units import Grid, Quantity
@@ -36,7 +37,7 @@ def write(
     cadence: int | None,
     grid: Grid | None = None,
 ) -> None:
-    """Write skill.nc (NetCDF-4), skill.csv, figures/skill.png and, where there is a sample, figures/forecast.png.
+    """Write skill.nc (NetCDF-4), skill.csv, figures/skill.png and, of a sample, figures/forecast.png and forecast.gif.
 
     Args:
         folder: made where it is wanting; files of the same names are replaced.
@@ -58,3 +59,5 @@ def write(
     if sample is not None:
         with whole(folder / "figures" / "forecast.png") as path:
             forecast_figure(*sample, quantity, cadence, grid).savefig(path, dpi=_DPI)
+        with whole(folder / "figures" / "forecast.gif") as path:
+            write_film(path, *sample, quantity, cadence, grid)

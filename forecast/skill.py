@@ -7,7 +7,7 @@ Axes: B batch, S forecast frames, C channels, H W space.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -121,6 +121,23 @@ class Skill(nn.Module):
         for name, score in (("csi", scores["csi"]), ("bias", scores["frequency_bias"])):
             numbers |= {f"{name}_{float(one.threshold):g}": float(one) for one in score}
         return numbers
+
+    def curves(self, model: str) -> dict[str, float]:
+        """CSI and frequency bias of every threshold and lead time for the training log, pooled over blocks.
+
+        Returns:
+            csi_<threshold>/<lead time> and bias_<threshold>/<lead time>, with the lead time as 30min, or as frame3 where
+            frames have no time; NaN as in `summary`.
+        """
+        scores = derive(self._counts([model]).sum("block", skipna=False)).isel(model=0)
+        leads = scores["lead_time"].values
+        labels = [f"frame{lead}" if self.cadence is None else f"{lead:g}min" for lead in leads]
+        return {
+            f"{name}_{float(one.threshold):g}/{label}": float(value)
+            for name, score in (("csi", scores["csi"]), ("bias", scores["frequency_bias"]))
+            for one in score.transpose("threshold", "lead_time")
+            for label, value in zip(labels, one.values, strict=True)
+        }
 
     def dataset(self) -> xr.Dataset:
         """Counts and sums by model, block, lead time (and threshold), and the scores of all blocks pooled."""
@@ -244,18 +261,26 @@ def _table(title: str, scores: xr.Dataset) -> Table:
     return shown
 
 
-def to_csv(skill: xr.Dataset) -> str:
-    """The pooled scores as comma-separated values: one row per model and lead time, one column per score.
+def wide(skill: xr.Dataset) -> Any:
+    """The pooled scores as a pandas DataFrame: one row per model and lead time, one column per score.
 
     Scores of events have their threshold in the column's name, as in the training log: csi_20.
+
+    Args:
+        skill: from `Skill.dataset`.
     """
-    wide = skill[list(_SCORES)]
+    columns = skill[list(_SCORES)]
     for name in _EVENT_SCORES:
         for one in skill[name].transpose("threshold", ...):
-            wide[f"{name}_{float(one.threshold):g}"] = one.drop_vars("threshold")
-    units = skill["lead_time"].attrs["units"]
-    wide = wide.drop_vars("threshold", errors="ignore").rename(lead_time=f"lead_time_{units}")
-    text: str = wide.to_dataframe(dim_order=["model", f"lead_time_{units}"]).to_csv(float_format="%.8g")
+            columns[f"{name}_{float(one.threshold):g}"] = one.drop_vars("threshold")
+    lead_time = f"lead_time_{skill['lead_time'].attrs['units']}"
+    columns = columns.drop_vars("threshold", errors="ignore").rename(lead_time=lead_time)
+    return columns.to_dataframe(dim_order=["model", lead_time]).reset_index()
+
+
+def to_csv(skill: xr.Dataset) -> str:
+    """The rows of `wide` as comma-separated values."""
+    text: str = wide(skill).to_csv(index=False, float_format="%.8g")
     return text
 
 

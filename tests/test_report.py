@@ -2,13 +2,20 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import commands
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
-from forecast.batch import Forecast
+from forecast import report
+from forecast.baselines.persistence import Persistence
+from forecast.batch import Forecast, Frames
+from forecast.callbacks.scores import Report
+from forecast.module import NowcastModule
 from forecast.plots import forecast_figure, skill_figure
 from forecast.report import Sample, write
 from forecast.skill import Skill, derive
@@ -40,7 +47,7 @@ def test_written_files_can_be_read(tmp_path: Path) -> None:
     dataset = skill(DBZ, 600)
     write(tmp_path / "run", dataset, sample(), DBZ, 600)
     found = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*"))
-    assert found == ["figures/forecast.png", "figures/skill.png", "skill.csv", "skill.nc"]
+    assert found == ["figures/forecast.gif", "figures/forecast.png", "figures/skill.png", "skill.csv", "skill.nc"]
     with xr.open_dataset(tmp_path / "run" / "skill.nc") as read:
         xr.testing.assert_identical(read.load(), dataset)
         xr.testing.assert_identical(derive(read.sum("block")), derive(dataset.sum("block")))
@@ -90,3 +97,62 @@ def test_nothing_but_nan_can_be_drawn() -> None:
     skill_figure(dataset.where(False)).draw_without_rendering()
     one = sample()
     forecast_figure(*one._replace(valid=np.zeros_like(one.valid)), KELVIN, 600).draw_without_rendering()
+
+
+def shown(folder: Path, batches: list[Frames], monkeypatch: pytest.MonkeyPatch) -> Sample | None:
+    """What the report of a test over these batches shows."""
+    written: list[Any] = []
+    monkeypatch.setattr(report, "write", lambda folder, skill, sample, *more: written.append(sample))
+    module = NowcastModule("persistence", Persistence(), {}, DBZ, Grid((4, 4)), 600, 2, 4, {})
+    callback = Report(str(folder))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    callback.on_test_start(trainer, module)
+    for index, one in enumerate(batches):
+        forecasts = {"persistence": Forecast(one.truth + 1)}
+        callback.on_test_batch_end(trainer, module, forecasts, one, index)
+    callback.on_test_end(trainer, module)
+    [sample] = written
+    return sample
+
+
+def frames(level: list[float], time: list[int], block: list[int]) -> Frames:
+    """Windows of one value each."""
+    truth = torch.tensor(level).view(-1, 1, 1, 1, 1).expand(-1, 2, 1, 4, 4)
+    everywhere = torch.ones_like(truth, dtype=torch.bool)
+    static = torch.zeros(len(level), 0, 4, 4)
+    lanes = torch.ones(len(level), dtype=torch.bool)
+    return Frames(truth, everywhere, truth, everywhere, static, torch.tensor(time), torch.tensor(block), lanes)
+
+
+def test_heaviest_window_is_shown_and_the_earliest_of_equal_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    level, time, block = [3.0, 9.0, 9.0, 9.5, 99.0], [10, 40, 30, 20, 50], [0, 1, 2, 3, -1]  # the last is padding
+    for sizes in ([5], [1] * 5, [2, 3], [4, 1]):
+        for order in (slice(None), slice(None, None, -1)):
+            windows = list(zip(level, time, block, strict=True))[order]
+            ends = np.cumsum(sizes).tolist()
+            dealt = [windows[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            sample = shown(tmp_path, [frames(*map(list, zip(*one, strict=True))) for one in dealt], monkeypatch)
+            assert sample is not None
+            assert (sample.truth == 9.5).all()
+            assert (sample.forecasts["persistence"] == 10.5).all()
+    equal = frames([9.0, 9.0, 9.0], [40, 30, 30], [0, 3, 2])
+    marked = equal._replace(past=torch.tensor([1.0, 2.0, 3.0]).view(-1, 1, 1, 1, 1).expand(equal.past.shape))
+    for deal in ([marked], [Frames(*(part[i : i + 1] for part in marked)) for i in (2, 0, 1)]):
+        sample = shown(tmp_path, deal, monkeypatch)
+        assert sample is not None
+        assert (sample.past == 3).all()
+
+
+def test_without_a_window_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(tmp_path, [frames([9.0], [0], [-1])], monkeypatch) is None
+
+
+def test_two_processes_show_the_window_that_one_shows(tmp_path: Path) -> None:
+    """A baseline's forecast is the same to the last bit, so the pictures are. The eighth window is the second process's."""
+    digits = ["model=persistence", "data.test=8", "data.future=3", "data.batch_size=3", "trainer.accelerator=cpu"]
+    commands.run(*digits, "logger=none", folder=tmp_path / "one")
+    commands.run(*digits, "logger=none", "trainer.strategy=ddp", "trainer.devices=2", folder=tmp_path / "two")
+    for name in ("forecast.png", "forecast.gif"):
+        assert (tmp_path / "one/figures" / name).read_bytes() == (tmp_path / "two/figures" / name).read_bytes()

@@ -94,6 +94,21 @@ def test_summary_pools_lead_times_and_blocks() -> None:
     assert numbers["bias_20"] == pytest.approx(float((f >= 20).sum() / (o >= 20).sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("cadence", "labels"), [(150, ["2.5min", "5min"]), (600, ["10min", "20min"]), (None, ["frame1", "frame2"])]
+)
+def test_curves_are_the_scores_of_the_dataset_by_name(cadence: int | None, labels: list[str]) -> None:
+    scores = skill(cadence=cadence)
+    curves = scores.curves("persistence")
+    assert list(curves)[:2] == [f"csi_20/{label}" for label in labels]
+    assert len(curves) == 2 * 2 * STEPS
+    dataset = scores.dataset().sel(model="persistence")
+    for name, score in (("csi", "csi"), ("bias", "frequency_bias")):
+        for threshold in (20, 35):
+            logged = [value for key, value in curves.items() if key.startswith(f"{name}_{threshold}/")]
+            assert logged == dataset[score].sel(threshold=threshold).values.tolist()
+
+
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
 def test_models_do_not_share_states() -> None:
     scores = Skill(MODELS, QUANTITY, STEPS, BLOCKS, 600)
