@@ -5,11 +5,13 @@
     python train.py data=radar data.archive=FILE             # radar
     python train.py run=describe model=convgru               # what it would be
     python train.py run=test ckpt_path=RUN/checkpoints/best.ckpt
+    python train.py resume=auto hydra.run.dir=RUN            # start RUN, or go on with it after it was killed
     python train.py -m model=convlstm,lstm seed=0,1          # every combination, one after another
 
 Everything that can be set is in conf/; docs/quickstart.md leads through it.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -23,18 +25,19 @@ import lightning.pytorch as pl
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import WandbLogger
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from datamodules.frames import FrameData
-from forecast import checkpoint, command_line, config
+from forecast import checkpoint, command_line, config, launch
 from forecast.baselines.persistence import Persistence
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.forecaster import Forecaster, NetworkForecaster
+from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
 
@@ -61,6 +64,11 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
             )
         training = {"loss": loss, "optimizer": config.build(cfg.optimizer), "scheduler": config.build(cfg.scheduler)}
         try_out(training["optimizer"], training["scheduler"])
+        if cfg.init_from is not None:
+            checkpoint.start_from(cfg.init_from, forecaster)
+        checkpoint.freeze(forecaster, cfg.freeze)
+        if cfg.compile:
+            network.compile()
     references.pop(cfg.model.name, None)
     return NowcastModule(
         name=cfg.model.name,
@@ -86,34 +94,53 @@ def train(cfg: DictConfig) -> float | None:
         describe(cfg, module, data)
         return None
     trained = isinstance(module.forecaster, NetworkForecaster)
-    if cfg.run == "test" and trained and cfg.ckpt_path is None:
+    start = starting_point(cfg)
+    if cfg.run == "test" and trained and start is None:
         raise UserError("run=test scores a trained network; give its ckpt_path=RUN/checkpoints/best.ckpt.")
-    if cfg.ckpt_path is not None:
+    if start is not None:
         size = getattr(getattr(module.forecaster, "network", None), "frame_size", None)
         now = checkpoint.card(cfg, data)
-        checkpoint.check_matches(cfg.ckpt_path, now, frame_size=size, resume=cfg.run == "fit")
+        checkpoint.check_matches(start, now, frame_size=size, resume=cfg.run == "fit")
     if cfg.monitor.metric not in module.monitors:
         raise UserError(f"monitor.metric is {cfg.monitor.metric}; choose one of {', '.join(module.monitors)}.")
-    if cfg.trainer.accelerator == "auto" and torch.backends.mps.is_available():
+    found = torch.accelerator.current_accelerator()
+    if cfg.trainer.accelerator == "auto" and found is not None and found.type == "mps":
         cfg.trainer.accelerator = "cpu"  # Apple's MPS has no float64, in which scores are summed
     loggers = [config.build(part) for part in cfg.logger.values()]
+    for name, part in cfg.callbacks.items():
+        if part.get("monitor") is not None and part.monitor not in module.monitors:
+            raise UserError(f"callbacks.{name}.monitor is {part.monitor}; choose one of {', '.join(module.monitors)}.")
     callbacks = [config.build(part) for part in cfg.callbacks.values()]
-    trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks)
-    rank_zero_only(begin)(cfg, trainer, module, data)
+    plugins = [checkpoint.WholeFiles(), *launch.environment()]
+    trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks, plugins=plugins)
     try:
-        if cfg.run == "fit" and trained:
-            return fit_and_test(cfg, trainer, module, data)
-        trainer.test(module, data, ckpt_path=cfg.ckpt_path, verbose=False, weights_only=True)
-        return None
+        with launch.others(trainer, Path(__file__), OmegaConf.to_yaml(cfg, resolve=True)):
+            rank_zero_only(begin)(cfg, trainer, module, data, start)
+            if cfg.run == "fit" and trained:
+                return fit_and_test(trainer, module, data, start)
+            trainer.test(module, data, ckpt_path=start, verbose=False, weights_only=True)
+            return None
     finally:
         for logger in loggers:
-            if isinstance(logger, WandbLogger):  # the next job of a sweep is a run of its own
-                logger.experiment.finish()
+            if isinstance(logger, WandB):  # the next job of a sweep is a run of its own
+                logger.finish(failed=sys.exc_info()[0] is not None)
 
 
-def fit_and_test(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> float | None:
+def starting_point(cfg: DictConfig) -> str | None:
+    """The checkpoint to go on from, or to score: one that is named, or the run folder's own."""
+    own = Path(cfg.folder) / "checkpoints"
+    if cfg.resume is not None:
+        if cfg.ckpt_path is not None or cfg.run != "fit":
+            raise UserError(
+                "resume=auto looks for the checkpoint of a run to go on with; use it without ckpt_path and run."
+            )
+        return str(own / "last.ckpt") if (own / "last.ckpt").exists() else None
+    return str(own / f"{cfg.ckpt_path}.ckpt") if cfg.ckpt_path in ("last", "best") else cfg.ckpt_path
+
+
+def fit_and_test(trainer: pl.Trainer, module: NowcastModule, data: FrameData, start: str | None) -> float | None:
     """Trains, scores the best checkpoint, and returns the best value of the monitor."""
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+    trainer.fit(module, data, ckpt_path=start, weights_only=True)
     chosen = trainer.checkpoint_callback
     trainer.test(
         module, data, ckpt_path=getattr(chosen, "best_model_path", "") or None, verbose=False, weights_only=True
@@ -138,29 +165,57 @@ def try_out(optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
 def quieten() -> None:
     """Keeps the console for what the user asked to know."""
     # Lightning's advertisements and its account of the devices; its warnings still come through.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",  # batches are made faster than they are used, or data.workers says so
         ".*LeafSpec.*",  # Lightning's own use of something in torch that will go
         ".*exists and is not empty.*",  # a run folder is resumed into
         ".*smaller than the logging interval.*",
+        ".*sync_dist=True.*",  # what is logged is the same in all processes: metrics that have added up over them
+        ".*returned a view tensor.*",  # nobody writes into what a sharded network answers
+        ".*all_gather is deprecated.*",  # torch's, by Lightning
+        ".*your dataloader is not resumable.*",  # the datamodule's state tells the sampler where to go on
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData) -> None:
-    """Writes config.yaml, and says in a line what begins."""
+def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData, start: str | None) -> None:
+    """Clears what an earlier run left half-written, writes config.yaml, and says in a line what begins."""
+    for left in [*Path(cfg.folder).rglob(".*.part*"), *Path(cfg.folder).glob("error.txt")]:
+        left.unlink()
+    told = checkpoint.told(cfg)
     with whole(Path(cfg.folder) / "config.yaml") as path:
-        path.write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(told)), encoding="utf-8")
     parameters = sum(weight.numel() for weight in module.parameters())
-    sizes = " x ".join(map(str, data.grid.size))
-    device = f"{trainer.num_devices} {trainer.strategy.root_device.type}"
+    known = {"parameters": parameters, "fingerprint": data.fingerprint, "commit": module.card["commit"]}
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # a mapping, by its keys
+        logger.log_hyperparams({**told, **known})
+    sizes = " x ".join(map(str, data.grid.size))
+    device = f"{trainer.world_size} {trainer.strategy.root_device.type}"
     print(
         f"{cfg.model.name}, {parameters:,} parameters: {data.past} -> {data.future} frames of {sizes}, "
         f"{data.quantity.long_name} in {data.quantity.units}; on {device}; run folder {cfg.folder}"
+        + ("" if start is None or cfg.run != "fit" else f"; goes on from {start}")
     )
+
+
+def refused(error: OSError) -> UserError | None:
+    """What the machine refused, for the user to mend; None for what may be our own mistake."""
+    reasons = (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+    )
+    if error.errno not in reasons:
+        return None
+    where = f" {error.filename}" if error.filename else " a file of the run folder"
+    return UserError(f"Cannot write{where}: {error.strerror}; make room or choose another hydra.run.dir=FOLDER.")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -170,27 +225,48 @@ def run(cfg: DictConfig) -> float | None:
     try:
         config.check(cfg)
         return train(cfg)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (UserError, OSError) as error:
+        mistake = refused(error) if isinstance(error, OSError) else error
+        if mistake is None:
+            raise
+        if mistake is error and cfg.run == "fit":
+            with whole(Path(cfg.folder) / "error.txt") as path:
+                path.write_text(f"{mistake}\n", encoding="utf-8")
+        if HydraConfig.get().mode is RunMode.RUN:
+            raise SystemExit(f"error: {mistake}") from None
+        # The other jobs of the sweep go on; Hydra raises the first mistake again when all have ended.
+        print(f"error: {cfg.folder}: {mistake}", file=sys.stderr)
+        raise mistake from None
 
 
 def main() -> None:
     """The command line: every mistake in it is said in one sentence before anything runs."""
     quieten()
+    if launch.is_worker():
+        try:
+            train(DictConfig(OmegaConf.create(launch.receive())))
+        except UserError as error:
+            raise SystemExit(f"error: process {os.environ['LOCAL_RANK']}: {error}") from None
+        return
     given = get_args_parser().parse_args(sys.argv[1:])
     # Another configuration folder is Hydra's own business.
     elsewhere = given.config_dir or given.config_path or given.config_name
-    launched_by_lightning = "LOCAL_RANK" in os.environ
-    if not (
-        launched_by_lightning or elsewhere or given.help or given.hydra_help or given.info or given.shell_completion
-    ):
+    if not (elsewhere or given.help or given.hydra_help or given.info or given.shell_completion):
         try:
             accepted = command_line.accept(CONF, given.overrides)
         except UserError as error:
             raise SystemExit(f"error: {error}") from None
         replaced = dict(zip(given.overrides, accepted, strict=True))
         sys.argv[1:] = [replaced.get(one, one) for one in sys.argv[1:]]
-    run()
+        sys.argv += launch.same_folder(given.overrides)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through as they are, so that the next line can tell them apart
+    try:
+        run()
+    except (UserError, OSError) as error:  # the run folder is made by Hydra
+        mistake = refused(error) if isinstance(error, OSError) else error
+        if mistake is None:
+            raise
+        raise SystemExit(f"error: {mistake}") from None
 
 
 if __name__ == "__main__":

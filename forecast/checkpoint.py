@@ -1,21 +1,24 @@
-"""What a checkpoint carries beside its weights, and how a Forecaster is rebuilt from it.
+"""What a checkpoint carries beside its weights, how it is written, and how a Forecaster is rebuilt from it.
 
 A checkpoint holds tensors and plain containers only, and is read with `weights_only=True`: opening one runs no code.
 """
 
 import inspect
-from collections.abc import Mapping
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from forecast import config
+from forecast import config, provenance
 from forecast.errors import UserError
+from forecast.files import whole
 from forecast.forecaster import NetworkForecaster
 from forecast.units import Grid, Quantity, transform_from_dict, transform_to_dict
 
@@ -38,14 +41,17 @@ class Card:
     static_channels: int
     config: Mapping[str, Any]
     """The whole resolved configuration."""
+    fingerprint: str
+    """Of the data."""
     version: str
     """Of stormcell."""
+    commit: str | None
+    """Of its source, where that lies in a git checkout."""
 
 
 def card(cfg: DictConfig, data: Any) -> Card:
-    """The card of a run: its configuration and its datamodule (a `datamodules.frames.FrameData`)."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
+    """The card of a run: its configuration without secrets, and its datamodule (a `datamodules.frames.FrameData`)."""
+    plain = told(cfg)
     return Card(
         model=plain["model"],
         quantity=data.quantity.to_dict(),
@@ -55,9 +61,28 @@ def card(cfg: DictConfig, data: Any) -> Card:
         past=data.past,
         future=data.future,
         static_channels=data.static_channels,
-        config={str(key): value for key, value in plain.items()},
+        config=plain,
+        fingerprint=data.fingerprint,
         version=version("stormcell"),
+        commit=provenance.commit(),
     )
+
+
+def told(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain containers, without secrets: what may be written and logged."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return provenance.masked({str(key): value for key, value in plain.items()})
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, however the program ends. (Lightning's own passes through /tmp.)"""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with whole(Path(path)) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -110,6 +135,44 @@ def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | 
             raise UserError(f"{path} was trained with {name}={old}, but this run has {name}={new}; make them equal.")
 
 
+def start_from(path: str | Path, forecaster: NetworkForecaster) -> None:
+    """Gives a forecaster the weights of a checkpoint, and nothing else of it: fine-tuning.
+
+    Raises:
+        UserError: the weights are those of another network; the sentence names the first that does not fit.
+    """
+    theirs, ours = _weights(read(path)), forecaster.state_dict()
+    for name in dict.fromkeys([*ours, *theirs]):
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            there, here = ("none" if shape is None else f"one of shape {shape}" for shape in shapes)
+            raise UserError(
+                f"init_from={path} does not fit: for the weight {name} it has {there}, and this model has {here}; choose "
+                "the model that it was trained with."
+            )
+    forecaster.load_state_dict(theirs)
+
+
+def freeze(forecaster: NetworkForecaster, names: Sequence[str]) -> None:
+    """Takes parts of a forecaster out of the training.
+
+    Args:
+        forecaster: its weights stay as they are.
+        names: of modules in it, such as "network.encoder".
+
+    Raises:
+        UserError: there is no such part, or nothing is left to train.
+    """
+    parts = dict(forecaster.named_modules())
+    for name in names:
+        if name not in parts:
+            known = [part for part, module in parts.items() if part and any(True for _ in module.parameters())]
+            raise UserError(f"freeze names {name!r}, which is no part of the network; {config.suggestion(name, known)}")
+        parts[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in forecaster.parameters()):
+        raise UserError(f"freeze={list(names)} leaves nothing to train; freeze fewer parts.")
+
+
 def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
     """Rebuilds the forecaster of a checkpoint, in evaluation mode, with what is known of it.
 
@@ -122,15 +185,20 @@ def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
     grid = Grid.from_dict(known.grid)
     network, head = config.build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
     forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform))
-    prefix = "forecaster."
-    weights = {name: value for name, value in content["state_dict"].items() if name.startswith(prefix)}
-    forecaster.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()})
+    forecaster.load_state_dict(_weights(content))
     return forecaster.eval(), known
 
 
 def quantity_of(known: Card) -> Quantity:
     """The quantity that the forecaster of this card speaks of."""
     return Quantity.from_dict(known.quantity)
+
+
+def _weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Of the forecaster, by their names in it."""
+    prefix = "forecaster."
+    stored = content["state_dict"].items()
+    return {name.removeprefix(prefix): value for name, value in stored if name.startswith(prefix)}
 
 
 def _check_trusted(node: Any) -> None:

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from forecast.config import SPECIAL, arguments, check, first_line, no_such_key, suggestion
+from forecast.config import COLLECTIONS, PARTS, SPECIAL, arguments, check, first_line, no_such_key, suggestion
 from forecast.errors import UserError
 
 
@@ -31,6 +31,11 @@ def accept(conf: Path, overrides: Sequence[str]) -> list[str]:
     accepted = list(overrides)
     if any(one.lstrip("+").startswith("folder=") for one in accepted):
         raise UserError("folder is the run folder; set it by hydra.run.dir=FOLDER.")
+    for one in accepted:
+        try:
+            OverridesParser.create().parse_override(one)
+        except HydraException as error:
+            raise UserError(f"{one} is no KEY=VALUE ({first_line(error)}); a list is 'KEY=[1,2]', in quotes.") from None
     for trial in _trials(accepted):
         for _ in range(len(trial) + 1):
             try:
@@ -48,12 +53,15 @@ def load(conf: Path, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: a key or a choice that does not exist, or text that is not an override.
     """
+    for group in (*PARTS, *COLLECTIONS, "model"):
+        if f"{group}=null" in overrides:
+            raise UserError(f"{group} is null; choose one of the files in conf/{group}/.")
     try:
         return _compose(conf, overrides)
     except MissingConfigException as error:
         raise UserError(_no_such_choice(error)) from None
-    except ValueError as error:  # Hydra's own, of a group that is null
-        raise UserError(f"The command line has a mistake: {first_line(error)}.") from None
+    except AssertionError:  # OmegaConf's own, of a key beneath null
+        raise _beneath_nothing(conf, overrides) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, conf, overrides) from None
 
@@ -74,10 +82,7 @@ class _UnlistedError(UserError):
 
 def _trials(overrides: Sequence[str]) -> Iterator[list[str]]:
     """The overrides with each value of a sweep once, instead of all their combinations."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UserError(f"The command line has a mistake: {first_line(error)}.") from None
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [_values(one, text) for one, text in zip(parsed, overrides, strict=True)]
     first = [choices[0] for choices in values if choices]
     yield first
@@ -107,7 +112,26 @@ def _sentence(error: Exception, conf: Path, overrides: Sequence[str]) -> UserErr
     if key and re.search(r"^Key '.*' (is not in struct|not in )", lines[0]):
         told = _unknown(key, conf, overrides)
         return told if isinstance(told, _UnlistedError) else UserError(f"{where}{told}")
+    kind = re.search(r"^Value '(.*?)' .*(?:converted to|is not a valid) (\w+)", lines[0])
+    if key and kind:
+        return UserError(f"{where}{key} is {kind[1]!r}; give a value of type {kind[2]}.")
     return UserError(f"{where}{key + ': ' if key else ''}{lines[0].rstrip('.')}.")
+
+
+def _beneath_nothing(conf: Path, overrides: Sequence[str]) -> UserError:
+    """What to say where a key cannot be set, since what is to hold it is null."""
+    ordered = sorted(overrides, key=lambda one: "." in one.partition("=")[0])  # choices first, as Hydra has it
+    keys = [one.lstrip("+").partition("=")[0] for one in ordered]
+    for last, key in enumerate(keys):
+        composed = _compose(conf, ordered[:last])
+        parts = key.split(".")
+        parents = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        nothing = next((parent for parent in parents if OmegaConf.select(composed, parent, default=0) is None), None)
+        if nothing:
+            return UserError(
+                f"{key} cannot be set, since {nothing} is null; choose another {parts[0]}, or leave it out."
+            )
+    return UserError(f"{', '.join(keys)} do not fit together; leave out what stands beneath null.")
 
 
 def _unknown(key: str, conf: Path, overrides: Sequence[str]) -> UserError:

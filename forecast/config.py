@@ -7,8 +7,9 @@ name, and nothing else. So every key is read by somebody, and a key nobody knows
 import difflib
 import inspect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 import pydantic
@@ -20,6 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from forecast.errors import UserError
 
 RUNS = ("fit", "test", "describe")
+PARTS = ("data", "loss", "optimizer", "scheduler", "trainer")  # each is built
+COLLECTIONS = ("callbacks", "logger")  # each holds parts by name
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 # Arguments of Lightning's Trainer that only some values go with: its key, those values, and why.
@@ -34,6 +37,12 @@ LIGHTNING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("logger", (None,), "loggers are chosen by logger=csv, wandb, tensorboard or none"),
     ("callbacks", (None,), "callbacks are set in callbacks.*"),
 )
+# The least that the Trainer can work with; it does not say so itself.
+LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
+# Where a constructor passes its **kwargs on to; other **kwargs take nothing.
+PASSED_ON = {"lightning.pytorch.strategies.ddp.DDPStrategy": "torch.nn.parallel.DistributedDataParallel"}
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says of a class that is not there, we say
 
 
 @dataclass
@@ -90,16 +99,32 @@ def check(config: DictConfig) -> None:
         plain = OmegaConf.to_container(config, resolve=True)
         missing = sorted(OmegaConf.missing_keys(config))
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration cannot be resolved: {first_line(error)}.") from None
+        where = getattr(error, "full_key", None) or "The configuration"
+        raise UserError(
+            f"{where} cannot be resolved ({first_line(error)}); refer to a key that there is, as in ${{seed}}."
+        ) from None
     if missing:
         raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
-    for group in ("data", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger"):
+    assert isinstance(plain, dict)
+    for where, schema in (("the configuration", Config), ("monitor", Monitor), ("model", Model)):
+        known = [one.name for one in fields(schema)]
+        for key in plain if schema is Config else plain[where]:
+            if key not in known:
+                raise UserError(no_such_key(where, str(key), known))
+    for group in (*PARTS, *COLLECTIONS):
         if config[group] is None:
             raise UserError(f"{group} is null; choose one of the files in conf/{group}/.")
+        for name, part in config[group].items() if group in COLLECTIONS else ():
+            if not (isinstance(part, DictConfig) and part.get("_target_")):
+                raise UserError(f"{group}.{name} names no class to build; set {group}.{name}._target_, or take it out.")
+        if group in PARTS and not config[group].get("_target_"):
+            raise UserError(f"{group} names no class to build; choose one of the files in conf/{group}/.")
     if config.run not in RUNS:
         raise UserError(f"run is {config.run!r}; it must be one of {', '.join(RUNS)}.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"seed is {config.seed}; it must be from 0 to {2**32 - 1}.")
+    if config.resume not in (None, "auto"):
+        raise UserError(f"resume is {config.resume!r}; it must be auto or null, and ckpt_path names a checkpoint.")
     if config.monitor.mode not in ("min", "max"):
         raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
     if (config.model.network is None) == (config.model.baseline is None):
@@ -107,6 +132,10 @@ def check(config: DictConfig) -> None:
     for key, allowed, why in LIGHTNING:
         if key in config.trainer and config.trainer[key] not in allowed:
             raise UserError(f"trainer.{key} is {config.trainer[key]!r}, but {why}.")
+    for key, least in LEAST.items():
+        given = config.trainer.get(key)
+        if isinstance(given, int | float) and given < least:
+            raise UserError(f"trainer.{key} is {given}; it must be at least {least}.")
     for path, node in _targets(plain, ()):
         _check_arguments(".".join(path), node)
 
@@ -123,16 +152,25 @@ def build(part: Mapping[str, Any] | DictConfig, **given: Any) -> Any:
     """
     plain = OmegaConf.to_container(part, resolve=True) if isinstance(part, DictConfig) else dict(part)
     assert isinstance(plain, dict)
-    names = inspect.signature(get_object(plain["_target_"])).parameters
+    package, _, name = plain["_target_"].rpartition(".")
+    taken = arguments("", plain["_target_"])
+    given = {key: value for key, value in given.items() if key in taken}
+    for key, parameter in taken.items():
+        if parameter.default is parameter.empty and not {key, "_partial_"} & {*plain, *given}:
+            raise UserError(f"{name} is not told its argument {key!r}; set it in the file that names {name}.")
     try:
-        return instantiate(plain, _convert_="all", **{name: value for name, value in given.items() if name in names})
+        return instantiate(plain, _convert_="all", **given)
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        # A class of another package speaks for itself: Lightning's MisconfigurationException, torch's ValueError.
-        if isinstance(cause, (ValueError, ModuleNotFoundError)) or type(cause).__name__ == "MisconfigurationException":
-            raise UserError(f"{plain['_target_'].rpartition('.')[2]}: {first_line(cause)}") from cause
+        # A class of another package speaks for itself; one of ours has a mistake, unless a package or a number is wanting.
+        ours = package.partition(".")[0] in ("forecast", "datamodules")
+        told = first_line(cause)
+        if isinstance(cause, ModuleNotFoundError):
+            raise UserError(f"{name} needs a package that is not installed ({told}); install it.") from cause
+        if isinstance(cause, ValueError) or not ours:
+            raise UserError(f"{name} refuses its arguments ({told}); change those that are given to it.") from cause
         raise
 
 
@@ -158,18 +196,25 @@ def build_network(
 
 
 def arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:
-    """The constructor's arguments by name."""
+    """The constructor's arguments that have a name, and those of the class that its **kwargs go to."""
+    found = find(where, target)
     try:
-        return inspect.signature(find(where, target)).parameters
+        parameters = inspect.signature(found).parameters
     except ValueError:
         return {}
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {name: one for name, one in parameters.items() if one.kind not in unnamed}
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    return {**arguments(where, PASSED_ON[home]), **named} if home in PASSED_ON else named
 
 
 def find(where: str, target: str) -> Callable[..., Any]:
     try:
         return get_object(target)
     except Exception as error:
-        raise UserError(f"{where}._target_ is {target!r}, which cannot be imported: {first_line(error)}.") from None
+        raise UserError(
+            f"{where}._target_ is {target!r}, which cannot be imported ({first_line(error)}); name a class with its module."
+        ) from None
 
 
 def no_such_key(where: str, key: str, known: Sequence[str]) -> str:
@@ -178,11 +223,13 @@ def no_such_key(where: str, key: str, known: Sequence[str]) -> str:
 
 def suggestion(given: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(given, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose one of {', '.join(known)}." if known else "take it out."
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def _targets(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -201,7 +248,6 @@ def _check_arguments(where: str, node: Mapping[str, Any]) -> None:
     """Holds the keys and values of a part against the constructor that they are for."""
     target = find(where, str(node["_target_"]))
     parameters = arguments(where, str(node["_target_"]))
-    anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     function = target.__init__ if inspect.isclass(target) else target
     try:
         hints = get_type_hints(function)
@@ -210,8 +256,8 @@ def _check_arguments(where: str, node: Mapping[str, Any]) -> None:
     for key, value in node.items():
         if key in SPECIAL:
             continue
-        if key not in parameters and not anything:
-            raise UserError(no_such_key(where, key, [name for name in parameters if name not in ("self", "kwargs")]))
+        if key not in parameters:
+            raise UserError(no_such_key(where, key, list(parameters)))
         if key in hints and not any(True for _ in _targets(value, ())):
             _check_type(f"{where}.{key}", value, hints[key])
 

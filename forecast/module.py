@@ -6,38 +6,29 @@ Axes: B batch, T past frames, S forecast frames, C channels, H W space.
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
-from forecast.batch import Batch, Forecast
+from forecast.batch import Forecast, Frames
 from forecast.errors import UserError
 from forecast.forecaster import Forecaster, NetworkForecaster
 from forecast.losses import Loss
+from forecast.sharding import shard
 from forecast.skill import Skill
 from forecast.units import Grid, Quantity
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[..., LRScheduler]
 HORIZON = ("total_steps", "T_max")  # what torch's schedulers call the length of the training
-
-
-class Scored(TypedDict):
-    """What a test step leaves for callbacks to look at."""
-
-    past: Tensor
-    """B T C H W, physical."""
-    known: Tensor
-    """B T C H W bool, where the past is valid."""
-    truth: Tensor
-    """B S C H W, physical."""
-    valid: Tensor
-    """B S C H W bool, where the truth is valid."""
-    forecasts: Mapping[str, Forecast]
 
 
 def horizon(scheduler: SchedulerFactory, steps: float) -> dict[str, int]:
@@ -58,7 +49,7 @@ class NowcastModule(pl.LightningModule):
         name: of the forecaster, in tables and in skill.nc.
         forecaster: a `NetworkForecaster`, or a baseline that has nothing to train.
         references: forecasters scored beside it, by name.
-        quantity: decodes the packed frames on the device.
+        quantity: of the frames; its thresholds are the events.
         grid: of the frames.
         cadence: seconds between frames, or None.
         future: frames to forecast, S.
@@ -98,44 +89,87 @@ class NowcastModule(pl.LightningModule):
         self.card = dict(card)
         self.validation_skill = Skill([name], quantity, future, blocks=1, cadence=cadence)
         self.test_skill = Skill([name, *self.references], quantity, future, blocks, cadence)
+        # Means over all valid pixels: NaN stays NaN, and no sum of float32.
+        self.validation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.test_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+        self.clipped: Tensor
+        # Steps that were clipped, and all steps, since the last log.
+        self.register_buffer("clipped", torch.zeros(2), persistent=False)
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        loss = self._loss(batch)[0]
-        self.log("train/loss", loss, batch_size=len(batch.block))
-        self.log("loss", loss, prog_bar=True, logger=False, batch_size=len(batch.block))
-        return loss
+    def configure_model(self) -> None:
+        # Lightning lays out a mesh of processes where the strategy shards.
+        if self.device_mesh is not None and isinstance(self.forecaster, NetworkForecaster):
+            shard(self.forecaster.network, self.device_mesh)
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def training_step(self, batch: Frames, batch_index: int) -> Tensor:
+        loss, _ = self._loss(batch)
+        pixels = batch.valid.sum()
+        everywhere = self.trainer.strategy.reduce(
+            torch.stack([loss.detach() * pixels, pixels]).double(), reduce_op="sum"
+        )
+        total = everywhere[1].clamp_min(1)
+        self.log("train/loss", everywhere[0] / total)
+        self.log("loss", everywhere[0] / total, prog_bar=True, logger=False)
+        # Gradients are averaged over processes: so weighted, the average is the gradient of the mean over all pixels.
+        return loss * (pixels * self.trainer.world_size / total)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the trainer says, and logs the norm of the whole gradient before and after, and how often it changed."""
+        before = self._gradient_norm()
+        clip = float("inf") if gradient_clip_val is None else gradient_clip_val
+        largest = self._gradient_norm(float("inf")) if gradient_clip_algorithm == "value" else before
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.clipped += torch.stack([largest > clip, torch.ones_like(largest, dtype=torch.bool)])
+        self.log("gradient/norm", before)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it where mypy does not look
+        if (self.trainer.global_step + 1) % every == 0:
+            self.log("gradient/clipped_norm", self._gradient_norm())
+            self.log("gradient/clipped_share", self.clipped[0] / self.clipped[1])
+            self.clipped.zero_()
+
+    def validation_step(self, batch: Frames, batch_index: int) -> None:
         if self.loss is None:
             return
-        loss, raw, truth, valid = self._loss(batch)
-        self._log_loss("validation", loss, batch)
-        self.validation_skill.update(self.name, self._network.read(raw), truth, valid, batch.block.clamp(max=0))
+        loss, raw = self._loss(batch)
+        self.validation_loss.update(loss, batch.valid.sum())
+        self.log("validation/loss", self.validation_loss)
+        self.validation_skill.update(
+            self.name, self._network.read(raw), batch.truth, batch.valid, batch.block.clamp(max=0)
+        )
 
     def on_validation_epoch_end(self) -> None:
-        skill = self.validation_skill.summary(self.name)
+        if self.loss is None:
+            return
+        skill = self.validation_skill.summary(self.name) | self.validation_skill.curves(self.name)
         self.validation_skill.reset()
         for score, value in skill.items():
             self.log(f"validation/{score}", value)
         middle = self.quantity.thresholds[len(self.quantity.thresholds) // 2]
         self.log(f"csi {middle:g}", skill[f"csi_{middle:g}"], prog_bar=True, logger=False)
 
-    def test_step(self, batch: Batch, batch_index: int) -> Scored:
-        past, known = self.quantity.decode(batch.past)
+    def test_step(self, batch: Frames, batch_index: int) -> dict[str, Forecast]:
+        """The forecasts by name, for callbacks to look at."""
         forecasts: dict[str, Forecast] = {}
+        references = self.references
         if self.loss is None:
-            truth, valid = self.quantity.decode(batch.future)
-            references = {self.name: self.forecaster, **self.references}
+            references = {self.name: self.forecaster, **references}
         else:
-            loss, raw, truth, valid = self._loss(batch)
-            self._log_loss("test", loss, batch)
+            loss, raw = self._loss(batch)
+            self.test_loss.update(loss, batch.valid.sum())
+            self.log("test/loss", self.test_loss)
             forecasts[self.name] = self._network.read(raw)
-            references = self.references
         for name, forecaster in references.items():
-            forecasts[name] = forecaster.predict(past, known, self.future, static=batch.static, time=batch.time)
+            forecasts[name] = forecaster.predict(
+                batch.past, batch.known, self.future, static=batch.static, time=batch.time
+            )
         for name, forecast in forecasts.items():
-            self.test_skill.update(name, forecast, truth, valid, batch.block)
-        return Scored(past=past, known=known, truth=truth, valid=valid, forecasts=forecasts)
+            self.test_skill.update(name, forecast, batch.truth, batch.valid, batch.block)
+        return forecasts
 
     def on_test_epoch_end(self) -> None:
         for score, value in self.test_skill.summary(self.name).items():
@@ -143,6 +177,10 @@ class NowcastModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stormcell"] = self.card
+        checkpoint["clipped"] = self.clipped.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clipped.copy_(checkpoint["clipped"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimizer is None:
@@ -164,17 +202,16 @@ class NowcastModule(pl.LightningModule):
         assert isinstance(self.forecaster, NetworkForecaster)
         return self.forecaster
 
-    def _log_loss(self, split: str, loss: Tensor, batch: Batch) -> None:
-        """The epoch's mean, in which padded samples weigh nothing."""
-        self.log(f"{split}/loss", loss, sync_dist=True, batch_size=int((batch.block >= 0).sum()))
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, the raw forecast, and the truth with its mask in physical units."""
+    def _loss(self, batch: Frames) -> tuple[Tensor, Tensor]:
+        """The loss, a mean over this batch's valid pixels, and the raw forecast."""
         assert self.loss is not None
-        past, _ = self.quantity.decode(batch.past)
-        truth, valid = self.quantity.decode(batch.future)
-        valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
-        output = self._network(past, self.future, batch.static)
+        output = self._network(batch.past, self.future, batch.static)
         raw = output.raw[:, -self.future :].float()
-        loss = self.loss(raw, self._network.transform.forward(truth), valid, truth)
-        return (loss if output.aux is None else loss + output.aux), raw.detach(), truth, valid
+        loss = self.loss(raw, self._network.transform.forward(batch.truth), batch.valid, batch.truth)
+        return (loss if output.aux is None else loss + output.aux), raw.detach()
+
+    def _gradient_norm(self, order: float = 2.0) -> Tensor:
+        """Of all gradients together, the parts in other processes included."""
+        gradients = [weight.grad for weight in self.parameters() if weight.grad is not None]
+        norm = get_total_norm(gradients, order)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm

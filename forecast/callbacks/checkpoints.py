@@ -1,12 +1,20 @@
-"""Checkpoints and the number they are chosen by."""
+"""Checkpoints: when they are written, and the number they are chosen by."""
 
+import signal
 from pathlib import Path
+from time import monotonic
+from types import FrameType
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Checkpoint
 
 from forecast.errors import UserError
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What clusters send some time before they take the machine away. (Windows has no SIGUSR1.)"""
 
 
 class FiniteMonitor(pl.Callback):
@@ -28,22 +36,99 @@ class FiniteMonitor(pl.Callback):
             )
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps last.ckpt, better or not: after every validation, and where training ends inside an epoch (max_steps, max_time).
+class EarlyStopping(callbacks.EarlyStopping):
+    """Lightning's, which also ends a run that it had ended already and that was started again.
+
+    Args:
+        monitor: the value's name.
+        mode: "min" or "max".
+        patience: validations without a better value after which training ends.
+        min_delta: what counts as better.
+    """
+
+    def __init__(self, monitor: str, mode: str = "min", patience: int = 10, min_delta: float = 0.0) -> None:
+        super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps last.ckpt, from which the run can go on as if it had never been interrupted.
+
+    It is written after every validation and at the end of every epoch; inside an epoch every so many minutes, where
+    training ends there (max_steps, max_time), and on SIGTERM and SIGUSR1, after which the program ends with the exit code
+    128 + signal. A signal during a validation is heeded at its end. The logs are written first, so that they are never
+    behind the checkpoint.
 
     Args:
         dirpath: its folder.
+        minutes: between two checkpoints inside an epoch; None for none.
     """
 
-    def __init__(self, dirpath: str) -> None:
-        super().__init__(dirpath=dirpath, filename="last", enable_version_counter=False)
-        self._kept_at = -1
+    def __init__(self, dirpath: str, minutes: float | None = 15.0) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.minutes = minutes
+        self._saved_at = monotonic()
+        self._saved_step = -1
+        self._signal = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at = monotonic()
+        self._listen()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in SIGNALS:  # a test has nothing to save
+            signal.signal(number, _leave)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The last batch is followed by a validation; and gradients that are being gathered are in no checkpoint.
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        due = self.minutes is not None and monotonic() - self._saved_at >= 60 * self.minutes
+        if trainer.strategy.reduce_boolean_decision(bool(ends or due or self._signal), all=False):
+            # Lightning logs this batch after this hook, when a process that is killed never comes to it.
+            trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer)
+            self._leave_if_told(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
-        self._kept_at = trainer.global_step
+        # A training that is stopped inside an epoch is validated once more; it goes on from before that.
+        if not (trainer.should_stop and self._saved_step == trainer.global_step):
+            self._save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._kept_at:
-            assert self.dirpath is not None
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+        self._leave_if_told(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # means: write now; ours do not look at it
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved_at = monotonic()
+        self._saved_step = trainer.global_step
+
+    def _listen(self) -> None:
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        for number in SIGNALS:
+            signal.signal(number, remember)
+
+    def _leave_if_told(self, trainer: pl.Trainer) -> None:
+        """Ends the program in all processes, where a signal has reached any of them."""
+        if trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+            if trainer.is_global_zero:
+                print(f"Interrupted; saved {self.path}. The same command with resume=auto goes on from there.")
+            raise SystemExit(128 + (self._signal or signal.SIGTERM))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

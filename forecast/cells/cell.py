@@ -106,7 +106,8 @@ class Cell(nn.Module):
         if self.initial is None:
             return tuple(like.new_zeros(shape) for _ in range(self.states))
         ones = (1,) * len(space)
-        return tuple(row.to(like.dtype).view(1, -1, *ones).expand(shape) for row in self.initial)
+        # Repeated, not expanded: a view of a weight must not outlive the layer that has it whole (`forecast.sharding`).
+        return tuple(row.to(like.dtype).view(1, -1, *ones).repeat(batch, 1, *space) for row in self.initial)
 
     def add_input(self, projected: Tensor | None, recurrent: Tensor) -> Tensor:
         """The gates' sum, or the recurrent share alone where there is no input."""

@@ -1,0 +1,146 @@
+"""A run that is killed and started again ends as if nothing had happened."""
+
+import csv
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import commands
+import numpy as np
+import pytest
+import xarray as xr
+from test_train import TINY
+
+from forecast import checkpoint
+
+# Odd numbers, so that the last batch of an epoch is not full; a log at every third step.
+LONG = [
+    *(one for one in TINY if not one.startswith(("data.", "trainer.max_epochs"))),
+    *("data.train=27", "data.validation=5", "data.test=7", "data.batch_size=2", "data.size=32", "data.digit_size=12"),
+    *("trainer.max_epochs=4", "trainer.log_every_n_steps=3", "scheduler.total_steps=56", "resume=auto"),
+]
+EVERY_STEP = "callbacks.last.minutes=0.0"  # a checkpoint after every batch
+MEASURED = re.compile("speed/|memory/")  # what differs from run to run
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("straight")
+    commands.run(*LONG, folder=folder)
+    return folder
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what is measured."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps))
+    return [{name: value for name, value in row.items() if value and not MEASURED.match(name)} for row in rows]
+
+
+def assert_same(folder: Path, straight: Path) -> None:
+    for name in ("last", "best"):
+        one, other = (checkpoint.read(each / f"checkpoints/{name}.ckpt") for each in (folder, straight))
+        assert (one["epoch"], one["global_step"]) == (other["epoch"], other["global_step"])
+        for weight, value in one["state_dict"].items():
+            np.testing.assert_allclose(value, other["state_dict"][weight], atol=1e-6, err_msg=f"{name}: {weight}")
+    with xr.open_dataset(folder / "skill.nc") as one, xr.open_dataset(straight / "skill.nc") as other:
+        xr.testing.assert_allclose(one, other, rtol=1e-6)
+    assert logged(folder) == logged(straight)
+    assert not [*folder.rglob("*.part*")]
+
+
+def kill(folder: Path, moment: Callable[[], bool], *overrides: str, number: int = signal.SIGKILL) -> int:
+    """Starts the run, kills it at that moment, and returns its exit code."""
+    command = commands.start(*LONG, *overrides, folder=folder)
+    while not moment() and command.poll() is None:
+        pass
+    command.send_signal(number)
+    return command.wait(60)
+
+
+def after(seconds: float, folder: Path) -> Callable[[], bool]:
+    """So long after the first checkpoint is there: in a training, its validations, or the test."""
+    first: list[float] = []
+
+    def come() -> bool:
+        if not first and (folder / "checkpoints/last.ckpt").exists():
+            first.append(time.monotonic())
+        return bool(first) and time.monotonic() - first[0] > seconds
+
+    return come
+
+
+def writing(folder: Path, name: str) -> Callable[[], bool]:
+    """While a file is being written."""
+    return lambda: any(folder.glob(f"**/.{name}.*.part.*"))
+
+
+def rows(folder: Path, least: int) -> Callable[[], bool]:
+    """When the checkpoint has come so far."""
+    file = folder / "checkpoints/last.ckpt"
+
+    def come() -> bool:
+        return file.exists() and checkpoint.read(file)["global_step"] >= least
+
+    return come
+
+
+@pytest.mark.parametrize("step", [5, 14, 30], ids=["in the first epoch", "at its end", "in the third"])
+def test_a_killed_run_ends_as_if_it_had_not_been(step: int, straight: Path, tmp_path: Path) -> None:
+    assert kill(tmp_path, rows(tmp_path, step), EVERY_STEP) == -signal.SIGKILL
+    assert not (tmp_path / "skill.nc").exists()
+    commands.run(*LONG, folder=tmp_path)
+    assert_same(tmp_path, straight)
+
+
+def test_last_checkpoint_knows_the_best_of_its_own_validation(straight: Path) -> None:
+    states = checkpoint.read(straight / "checkpoints/last.ckpt")["callbacks"]
+    (known,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
+    losses = [float(row["validation/loss"]) for row in logged(straight) if "validation/loss" in row]
+    assert float(known["best_model_score"]) == pytest.approx(min(losses))
+    assert losses[-1] == min(losses)  # else it would not be put to the test
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_ends_cleanly(number: signal.Signals, straight: Path, tmp_path: Path) -> None:
+    first = [one for one in LONG if one != "resume=auto"]
+    command = commands.start(*first, "callbacks.last.minutes=null", folder=tmp_path)
+    while not (tmp_path / "checkpoints/last.ckpt").exists():  # after the first epoch: somewhere in the second
+        time.sleep(0.01)
+    command.send_signal(number)
+    assert command.wait(60) == 128 + number
+    assert "Traceback" not in command.stderr
+    assert "resume=auto goes on from there" in command.stdout
+    commands.run(*first, "ckpt_path=last", folder=tmp_path)
+    assert_same(tmp_path, straight)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(straight: Path, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    kills = 0
+    for trial in range(20):
+        folder = tmp_path / str(trial)
+        moment = after(draw.uniform(0.0, 2.5), folder)
+        if trial in (2, 7, 12, 17):
+            moment = writing(folder, ("best", "skill", "last", "best")[trial // 5])
+        often = [EVERY_STEP] if trial % 2 else []
+        kills += kill(folder, moment, *often) == -signal.SIGKILL
+        if trial % 4 == 0:  # and once more
+            kills += kill(folder, after(draw.uniform(0.0, 1.0), folder), *often) == -signal.SIGKILL
+        commands.run(*LONG, folder=folder)
+        assert_same(folder, straight)
+    assert kills >= 20
+
+
+def test_training_that_was_cut_off_goes_on_in_the_middle_of_its_epoch(straight: Path, tmp_path: Path) -> None:
+    commands.run(*LONG, "trainer.max_steps=20", folder=tmp_path)
+    assert checkpoint.read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 20
+    commands.run(*LONG, folder=tmp_path)
+    assert_same(tmp_path, straight)
