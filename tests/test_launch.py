@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,7 +119,7 @@ def test_slurm_starts_the_processes_and_the_job_names_their_folder(trained: Path
         "SLURM_NNODES": "1",
         "SLURM_NODEID": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29177",
+        "MASTER_PORT": str(free_port()),
     }
     tasks = [
         subprocess.Popen(
@@ -141,6 +142,12 @@ def test_sweep_over_processes_runs_each_job_by_itself(trained: Path, tmp_path: P
     alone = tmp_path / "alone"
     commands.run(*DIGITS, *SMALL, CPU, "data.batch_size=2", folder=alone)
     assert_same_weights(tmp_path / "3", alone, atol=0.0)  # one process, seed 0: to the last bit
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def children(pid: int) -> list[int]:

@@ -42,8 +42,11 @@ def test_command_of_the_readme_runs(command: str, tmp_path: Path, write_archive:
     assert "run=describe" in command or any((tmp_path / "run").rglob("skill.nc"))
 
 
-def test_commands_of_the_quickstart_are_accepted() -> None:
-    for command in typed("docs/quickstart.md"):
+@pytest.mark.parametrize("page", ["quickstart", "cluster", "logging", "sweeps"])
+def test_commands_of_the_documents_are_accepted(page: str) -> None:
+    commands_of_page = typed(f"docs/{page}.md")
+    assert commands_of_page
+    for command in commands_of_page:
         # The shell takes the quotes off.
         arguments = [one.strip("'") for one in command.split() if one != "-m" and not one.startswith("model=mine")]
         command_line.accept(ROOT / "conf", arguments)
