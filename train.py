@@ -182,8 +182,9 @@ def quieten() -> None:
 
 def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData, start: str | None) -> None:
     """Clears what an earlier run left half-written, writes config.yaml, and says in a line what begins."""
-    for left in [*Path(cfg.folder).rglob(".*.part*"), *Path(cfg.folder).glob("error.txt")]:
-        left.unlink()
+    for pattern in (".*.part*", "*/.*.part*", "error.txt"):
+        for left in Path(cfg.folder).glob(pattern):
+            left.unlink()
     told = checkpoint.told(cfg)
     with whole(Path(cfg.folder) / "config.yaml") as path:
         path.write_text(OmegaConf.to_yaml(OmegaConf.create(told)), encoding="utf-8")

@@ -108,10 +108,12 @@ def others(trainer: pl.Trainer, program: Path, configuration: str) -> Iterator[N
         "LOCAL_RANK": "0",
         "WORLD_SIZE": str(trainer.world_size),
     }
-    workers = [_start(program, rank, configuration) for rank in range(1, trainer.num_devices)]
+    workers: list[subprocess.Popen[bytes]] = []
     ended = threading.Event()
-    threading.Thread(target=_watch, args=(workers, ended), daemon=True).start()
     try:
+        for rank in range(1, trainer.num_devices):
+            workers.append(_start(program, rank, configuration))
+        threading.Thread(target=_watch, args=(workers, ended), daemon=True).start()
         yield
         for worker in workers:
             worker.wait()
@@ -195,5 +197,8 @@ def _watch(workers: Sequence[subprocess.Popen[bytes]], ended: threading.Event) -
             if not ended.wait(GRACE):
                 for worker in workers:
                     worker.kill()
+                print(
+                    "error: a process of this run has failed; what it said stands above.", file=sys.stderr, flush=True
+                )
                 os._exit(1)
             return

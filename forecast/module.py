@@ -104,9 +104,8 @@ class NowcastModule(pl.LightningModule):
     def training_step(self, batch: Frames, batch_index: int) -> Tensor:
         loss, _ = self._loss(batch)
         pixels = batch.valid.sum()
-        everywhere = self.trainer.strategy.reduce(
-            torch.stack([loss.detach() * pixels, pixels]).double(), reduce_op="sum"
-        )
+        cost = loss.detach().double() * pixels
+        everywhere = self.trainer.strategy.reduce(torch.stack([cost, pixels.double()]), reduce_op="sum")
         total = everywhere[1].clamp_min(1)
         self.log("train/loss", everywhere[0] / total)
         self.log("loss", everywhere[0] / total, prog_bar=True, logger=False)
@@ -127,7 +126,7 @@ class NowcastModule(pl.LightningModule):
         self.clipped += torch.stack([largest > clip, torch.ones_like(largest, dtype=torch.bool)])
         self.log("gradient/norm", before)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it where mypy does not look
-        if (self.trainer.global_step + 1) % every == 0:
+        if every and (self.trainer.global_step + 1) % every == 0:
             self.log("gradient/clipped_norm", self._gradient_norm())
             self.log("gradient/clipped_share", self.clipped[0] / self.clipped[1])
             self.clipped.zero_()
