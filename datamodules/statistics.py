@@ -39,8 +39,8 @@ BLOCK = 128 * 2**20
 """Bytes of packed numbers that a process reads at once, at most."""
 A_MOMENT = 256 * 2**20
 """Bytes of packed numbers, a second's work or two: from here on its progress is shown."""
-WORTH_PROCESSES = 4 * 2**30
-"""Bytes of packed numbers from which on helping processes save more time than it takes to start them."""
+WORTH_PROCESSES = 8 * 2**30
+"""Bytes of packed numbers, half a minute of one core: from here on helping processes save more than their start costs."""
 MOST_PROCESSES = 16
 """However many processors there are: each holds a block or two."""
 
