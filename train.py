@@ -11,10 +11,12 @@
 Everything that can be set is in conf/; docs/quickstart.md leads through it.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -35,7 +38,7 @@ from forecast import checkpoint, command_line, config, launch
 from forecast.baselines.persistence import Persistence
 from forecast.describe import describe
 from forecast.errors import UserError
-from forecast.files import whole
+from forecast.files import clear, whole
 from forecast.forecaster import Forecaster, NetworkForecaster
 from forecast.logs import WandB
 from forecast.losses import Loss
@@ -43,6 +46,10 @@ from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, h
 
 CONF = Path(__file__).parent / "conf"
 CHANNELS = 1  # of a frame: the target quantity
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    errno.EEXIST,
+)
 
 
 def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
@@ -51,6 +58,8 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
     forecaster: Forecaster
     training: dict[str, Any] = {}
     if cfg.model.network is None:
+        if cfg.init_from is not None or cfg.freeze or cfg.compile:
+            raise UserError(f"model={cfg.model.name} has no network; leave out init_from, freeze and compile.")
         forecaster = config.build(cfg.model.baseline)
     else:
         network, head = config.build_network(
@@ -135,18 +144,28 @@ def starting_point(cfg: DictConfig) -> str | None:
                 "resume=auto looks for the checkpoint of a run to go on with; use it without ckpt_path and run."
             )
         return str(own / "last.ckpt") if (own / "last.ckpt").exists() else None
+    if cfg.run == "fit" and cfg.ckpt_path is None and (own / "last.ckpt").exists():
+        raise UserError(
+            f"{cfg.folder} holds a training already; go on with it by resume=auto, or choose another folder."
+        )
     return str(own / f"{cfg.ckpt_path}.ckpt") if cfg.ckpt_path in ("last", "best") else cfg.ckpt_path
 
 
 def fit_and_test(trainer: pl.Trainer, module: NowcastModule, data: FrameData, start: str | None) -> float | None:
     """Trains, scores the best checkpoint, and returns the best value of the monitor."""
+    if start is not None:
+        # Lightning would do so too, but for a sharded network only after its loaders have begun to draw.
+        data.load_state_dict(checkpoint.read(start)[type(data).__qualname__])
     trainer.fit(module, data, ckpt_path=start, weights_only=True)
+    # The test stands in the row after the last step, also where Lightning had nothing left to train.
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     chosen = trainer.checkpoint_callback
-    trainer.test(
-        module, data, ckpt_path=getattr(chosen, "best_model_path", "") or None, verbose=False, weights_only=True
-    )
-    best = getattr(chosen, "best_model_score", None)
-    return None if best is None else float(best)
+    best = getattr(chosen, "best_model_path", "") or None
+    if best is None and trainer.is_global_zero:
+        print("Nothing was validated: the last weights are scored.")
+    trainer.test(module, data, ckpt_path=best, verbose=False, weights_only=True)
+    value = getattr(chosen, "best_model_score", None)
+    return None if value is None else float(value)
 
 
 def try_out(optimizer: OptimizerFactory, scheduler: SchedulerFactory) -> None:
@@ -181,17 +200,17 @@ def quieten() -> None:
 
 
 def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: FrameData, start: str | None) -> None:
-    """Clears what an earlier run left half-written, writes config.yaml, and says in a line what begins."""
-    for pattern in (".*.part*", "*/.*.part*", "error.txt"):
-        for left in Path(cfg.folder).glob(pattern):
-            left.unlink()
-    told = checkpoint.told(cfg)
+    """Clears what a killed training left half-written, writes config.yaml, and says in a line what begins."""
+    if cfg.run == "fit":
+        clear(Path(cfg.folder))
+        (Path(cfg.folder) / "error.txt").unlink(missing_ok=True)
+    shown = checkpoint.told(cfg)
     with whole(Path(cfg.folder) / "config.yaml") as path:
-        path.write_text(OmegaConf.to_yaml(OmegaConf.create(told)), encoding="utf-8")
+        path.write_text(OmegaConf.to_yaml(OmegaConf.create(shown)), encoding="utf-8")
     parameters = sum(weight.numel() for weight in module.parameters())
     known = {"parameters": parameters, "fingerprint": data.fingerprint, "commit": module.card["commit"]}
     for logger in trainer.loggers:
-        logger.log_hyperparams({**told, **known})
+        logger.log_hyperparams({**shown, **known})
     sizes = " x ".join(map(str, data.grid.size))
     device = f"{trainer.world_size} {trainer.strategy.root_device.type}"
     print(
@@ -201,22 +220,18 @@ def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: Fra
     )
 
 
-def refused(error: OSError) -> UserError | None:
-    """What the machine refused, for the user to mend; None for what may be our own mistake."""
-    reasons = (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENOTDIR,
-        errno.EISDIR,
-    )
-    if error.errno not in reasons:
-        return None
-    where = f" {error.filename}" if error.filename else " a file of the run folder"
-    return UserError(f"Cannot write{where}: {error.strerror}; make room or choose another hydra.run.dir=FOLDER.")
+def sentence(error: Exception) -> UserError | None:
+    """What is for the user to mend: our own sentences, what the machine refuses, and what Lightning finds wrong."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        where = error.filename or "a file of the run folder"
+        return UserError(f"Cannot open or write {where}: {error.strerror}; make room, or choose another folder.")
+    if isinstance(error, (MisconfigurationException, ValueError)) and error.__traceback__ is not None:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("lightning."):
+            return UserError(f"Lightning's Trainer says: {config.first_line(error)}.")
+    return None
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -226,18 +241,18 @@ def run(cfg: DictConfig) -> float | None:
     try:
         config.check(cfg)
         return train(cfg)
-    except (UserError, OSError) as error:
-        mistake = refused(error) if isinstance(error, OSError) else error
-        if mistake is None:
-            raise
-        if mistake is error and cfg.run == "fit":
-            with whole(Path(cfg.folder) / "error.txt") as path:
-                path.write_text(f"{mistake}\n", encoding="utf-8")
+    except Exception as error:
+        mistake = sentence(error)
+        if cfg.run == "fit" and Path(cfg.folder).is_dir() and os.access(cfg.folder, os.W_OK):
+            with contextlib.suppress(OSError), whole(Path(cfg.folder) / "error.txt") as path:  # the disk may be full
+                path.write_text(f"{mistake or config.first_line(error)}\n", encoding="utf-8")
         if HydraConfig.get().mode is RunMode.RUN:
+            if mistake is None:
+                raise
             raise SystemExit(f"error: {mistake}") from None
         # The other jobs of the sweep go on; Hydra raises the first mistake again when all have ended.
-        print(f"error: {cfg.folder}: {mistake}", file=sys.stderr)
-        raise mistake from None
+        print(f"error: {cfg.folder}: {mistake or config.first_line(error)}", file=sys.stderr)
+        raise (mistake or error) from None
 
 
 def main() -> None:
@@ -264,7 +279,7 @@ def main() -> None:
     try:
         run()
     except (UserError, OSError) as error:  # the run folder is made by Hydra
-        mistake = refused(error) if isinstance(error, OSError) else error
+        mistake = sentence(error)
         if mistake is None:
             raise
         raise SystemExit(f"error: {mistake}") from None

@@ -92,15 +92,32 @@ class FrameData(pl.LightningDataModule):
         return {}
 
     def state_dict(self) -> dict[str, int]:
-        """Where training goes on: an epoch, and the number of its batches that are done."""
+        """Where training goes on: an epoch, the number of its batches that are done, and how its samples are dealt."""
         assert self.trainer is not None
         done = self.trainer.fit_loop.epoch_loop.batch_progress
+        epoch, batch = self.trainer.current_epoch, done.current.ready
         if done.is_last_batch:
-            return {"epoch": self.trainer.current_epoch + 1, "batch": 0}
-        return {"epoch": self.trainer.current_epoch, "batch": done.current.ready}
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, **self._dealt()}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Goes on where a training was left.
+
+        Raises:
+            UserError: inside an epoch whose samples would be dealt otherwise now.
+        """
+        for name, now in self._dealt().items() if self.trainer is not None else ():
+            if state_dict["batch"] and state_dict[name] != now:
+                raise UserError(
+                    f"The checkpoint lies inside an epoch with {name.replace('_', ' ')} {state_dict[name]}, but this run "
+                    f"has {now}; go on with the same, or train anew from its weights by init_from."
+                )
         self._resumed_at = (state_dict["epoch"], state_dict["batch"])
+
+    def _dealt(self) -> dict[str, int]:
+        """What the order of the samples hangs on, beside the epoch."""
+        assert self.trainer is not None
+        return {"seed": self.seed, "samples_a_batch_of_all_processes": self.batch_size * self.trainer.world_size}
 
     def _begin_at(self) -> tuple[int, int]:
         """Epoch and batch that are drawn next. Lightning draws the first ones before it knows where a run goes on."""

@@ -6,7 +6,7 @@ A checkpoint holds tensors and plain containers only, and is read with `weights_
 import inspect
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole checkpoint of tensors and plain values: {reason}") from None
     if not isinstance(content, dict) or KEY not in content or "state_dict" not in content:
         raise UserError(f"{path} is not a checkpoint of stormcell.")
+    if set(content[KEY]) != {one.name for one in fields(Card)}:
+        raise UserError(f"{path} is of another version of stormcell ({content[KEY].get('version')}); train it anew.")
     return content
 
 
@@ -120,10 +122,19 @@ def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | 
         raise UserError(
             f"{path} was trained on frames of {then['grid']['size']}, the only size that it takes; give it those."
         )
-    if resume and then["config"]["optimizer"].get("_target_") != now.config["optimizer"].get("_target_"):
-        raise UserError(
-            f"{path} was trained with {then['config']['optimizer'].get('_target_')}; go on with the same optimizer."
-        )
+    if resume:
+        for part in ("optimizer", "scheduler", "loss"):
+            if then["config"][part] != now.config[part]:
+                name, old, new = _difference(part, then["config"][part], now.config[part])
+                raise UserError(
+                    f"{path} was trained with {name}={old}, but this run has {name}={new}; go on with the same, or train "
+                    "anew from its weights by init_from."
+                )
+        if then["fingerprint"] != now.fingerprint:
+            raise UserError(
+                f"{path} was trained on other data (fingerprint {then['fingerprint']}, now {now.fingerprint}); go on with "
+                "the same, or train anew from its weights by init_from."
+            )
     for part in ("model", "quantity", "transform", "cadence", "static_channels"):
         before, after = then[part], getattr(now, part)
         if part == "quantity":  # a network sees physical values: how they are packed and scored is no matter to it

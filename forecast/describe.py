@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.frames import SPLITS, FrameData
 from datamodules.radar import RadarData
 from datamodules.windows import utc
+from forecast.checkpoint import told
 from forecast.forecaster import NetworkForecaster
 from forecast.module import NowcastModule
 
@@ -37,7 +38,7 @@ def multiply_adds(network: nn.Module, past: tuple[int, ...], static: tuple[int, 
 def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None:
     """Prints the resolved configuration, what the splits hold, parameters, multiply-adds per forecast, and shapes."""
     console = Console()
-    console.print(Syntax(OmegaConf.to_yaml(config, resolve=True), "yaml", background_color="default"))
+    console.print(Syntax(OmegaConf.to_yaml(OmegaConf.create(told(config))), "yaml", background_color="default"))
     H, W = data.grid.size
     past, static = (1, data.past, 1, H, W), (1, data.static_channels, H, W)
     rows = {

@@ -1,10 +1,13 @@
 """Files that are written whole or not at all."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.part(\.[^.]+)?")
 
 
 @contextmanager
@@ -35,3 +38,13 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes the temporaries of `whole` that killed processes left in a folder and the folders in it.
+
+    Nobody else may be writing there.
+    """
+    for path in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ def others(trainer: pl.Trainer, program: Path, configuration: str) -> Iterator[N
         configuration: for them.
 
     Raises:
-        UserError: the strategy wants to start processes in a way that cannot be, or the port is taken.
+        UserError: the strategy wants to start processes in a way that cannot be, several machines do not know of each
+            other, or the port is taken.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
@@ -98,6 +99,11 @@ def others(trainer: pl.Trainer, program: Path, configuration: str) -> Iterator[N
     if not isinstance(cluster, Machine) or is_worker():
         yield
         return
+    if trainer.num_nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise UserError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but nothing says which machine this is; start the run by torchrun "
+            "or srun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT on each."
+        )
     if trainer.world_size > 1 and cluster.node_rank() == 0:
         _check_port(cluster.main_port)
     before = dict(os.environ)
@@ -115,8 +121,9 @@ def others(trainer: pl.Trainer, program: Path, configuration: str) -> Iterator[N
             workers.append(_start(program, rank, configuration))
         threading.Thread(target=_watch, args=(workers, ended), daemon=True).start()
         yield
-        for worker in workers:
-            worker.wait()
+        codes = [worker.wait() for worker in workers]
+        if any(codes):
+            print(f"Processes that helped ended with the codes {codes} after all was done.", file=sys.stderr)
     finally:
         ended.set()
         for worker in workers:
@@ -150,21 +157,20 @@ def same_folder(overrides: Sequence[str]) -> list[str]:
     return [f"hydra.run.dir=runs/{name}", f"hydra.sweep.dir=runs/sweeps/{name}"]
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def _told_by_the_first(text: str) -> str:
-    """What process 0 says, in every process, through the store by which torchrun's processes find each other."""
+    """What process 0 says, in every process, through the store by which torchrun's processes find each other.
+
+    After a restart of all processes it is what was said before, as long as torchrun keeps its store.
+    """
+    first = os.environ["RANK"] == "0"
     store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # it is there, unmentioned in __all__
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and _rank() == 0,
+        is_master=first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
-    key = f"stormcell/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if _rank() == 0:
-        store.set(key, text)
-    return str(store.get(key).decode())
+    if first:
+        store.compare_set("stormcell/started", "", text)
+    return str(store.get("stormcell/started").decode())
 
 
 def _check_port(port: int) -> None:
@@ -173,7 +179,7 @@ def _check_port(port: int) -> None:
             pass
     except OSError:
         raise UserError(
-            f"MASTER_PORT is {port}, on which another program listens; choose a free one, or unset it."
+            f"MASTER_PORT is {port}, on which we may not listen, or another program does; choose a free one, or unset it."
         ) from None
 
 

@@ -64,8 +64,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = self.rows.setdefault(0 if step is None else step, {"step": step})
-        row.update(metrics)
+        number = step or 0
+        if any(name.startswith("test/") for name in metrics):
+            # A test in the folder of a training counts no steps: it stands after those, in place of an earlier test.
+            last = max(self.rows, default=-1)
+            tested = any(name.startswith("test/") for name in self.rows.get(last, {}))
+            number = max(number, last if tested else last + 1)
+        self.rows.setdefault(number, {"step": number}).update(metrics)
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:

@@ -14,7 +14,10 @@ import torch
 SOURCES = Path(__file__).resolve().parent.parent
 SECRETS = {"key", "token", "secret", "password"}
 MASK = "***"
-_PASSWORD = re.compile(r"([a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/]+@", re.IGNORECASE)
+_PASSWORDS = (
+    re.compile(r"(://[^/:@\s]*:)(?!\d+/)\S*(@)"),
+    re.compile(r"([?&]\w*(?:passw|token|secret|key)\w*=)[^&\s]*()", re.IGNORECASE),
+)
 
 
 def commit(tree: Path = SOURCES) -> str | None:
@@ -70,12 +73,20 @@ def masked(config: Mapping[str, Any]) -> dict[str, Any]:
     """A plain copy of a configuration, fit to be shown.
 
     The value of a key that has one of the words key, token, secret and password in it (api_key and WANDB_TOKEN, but not
-    keys or tokenizer) becomes "***", and so does the password in a URL (scheme://user:password@host), wherever it stands.
+    keys or tokenizer) becomes "***", and so does a password in a URL
+    (scheme://user:password@host, or ?password=...), wherever it stands.
 
     Args:
         config: mappings, lists and plain values, however deep.
     """
     return {key: MASK if _names_a_secret(key) and value is not None else _mask(value) for key, value in config.items()}
+
+
+def masked_text(text: str) -> str:
+    """A text with "***" for the passwords of the URLs in it, those of their queries too."""
+    for pattern in _PASSWORDS:
+        text = pattern.sub(rf"\1{MASK}\2", text)
+    return text
 
 
 def _names_a_secret(key: object) -> bool:
@@ -87,4 +98,4 @@ def _mask(value: Any) -> Any:
         return masked(value)
     if isinstance(value, (list, tuple)):
         return [_mask(one) for one in value]
-    return _PASSWORD.sub(rf"\1{MASK}@", value) if isinstance(value, str) else value
+    return masked_text(value) if isinstance(value, str) else value

@@ -26,6 +26,9 @@ from forecast.errors import UserError
 from forecast.files import whole
 from forecast.skill import derive
 
+NO_SETTINGS = ("seed", "run", "resume", "ckpt_path")
+"""Keys that make no other experiment of a run."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -70,7 +73,7 @@ def read(folder: Path) -> Run:
     settings = {
         key: value
         for key, value in leaves.items()
-        if key.rpartition(".")[2] != "seed" and not f"{value}/".startswith(f"{own}/")
+        if key.rpartition(".")[2] not in NO_SETTINGS and not f"{value}/".startswith(f"{own}/")
     }
     points = [point for point in history(folder, metric) if math.isfinite(point.value)] if metric else []
     best = (max if mode == "max" else min)(points, key=lambda point: point.value, default=None)
@@ -237,11 +240,16 @@ def _overrides(folder: Path) -> dict[str, Any]:
 
 def _skill(path: Path, model: str) -> tuple[float, float, float]:
     """MSE, CSI and its threshold."""
-    with xr.open_dataset(path) as skill:
-        scores = derive(skill.sum("block", skipna=False)).sel(model=model)
-        middle = scores.isel(threshold=scores.sizes["threshold"] // 2)
-        mean = middle[["mse", "csi"]].mean("lead_time", skipna=False)
-        return float(mean["mse"]), float(mean["csi"]), float(middle["threshold"])
+    try:
+        with xr.open_dataset(path) as skill:
+            scores = derive(skill.sum("block", skipna=False)).sel(model=model)
+            middle = scores.isel(threshold=scores.sizes["threshold"] // 2)
+            mean = middle[["mse", "csi"]].mean("lead_time", skipna=False)
+            return float(mean["mse"]), float(mean["csi"]), float(middle["threshold"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} holds no scores of {model} ({type(error).__name__}); score its checkpoint again by run=test."
+        ) from None
 
 
 def _thresholds(runs: Sequence[Run]) -> list[float]:

@@ -9,7 +9,6 @@ The same command once more goes on where the first one ended. docs/sweeps.md lea
 import argparse
 import json
 import math
-import re
 import shlex
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from forecast import runs
 from forecast.config import first_line
 from forecast.errors import UserError
 from forecast.files import whole
+from forecast.provenance import masked_text
 
 try:
     import optuna
@@ -63,12 +63,6 @@ def open_storage(given: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path)))
     # Others that write at the same time are waited for.
     return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
-
-
-def masked(text: str) -> str:
-    """A text without the passwords of the URLs in it."""
-    text = re.sub(r"(://[^/:@\s]*:)\S*@", r"\1***@", text)
-    return re.sub(r"([?&]\w*passw\w*=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 @dataclass
@@ -256,8 +250,8 @@ def begin(name: str, storage: str, pruner: str, space: Space, metric: str, mode:
         except Exception as error:  # each database driver has errors of its own
             # Two that make the same tables at once get in each other's way once.
             if not tries_left:
-                cause = masked(first_line(error))
-                raise UserError(f"The storage {masked(storage)} cannot be used: {cause}.") from None
+                cause = masked_text(first_line(error))
+                raise UserError(f"The storage {masked_text(storage)} cannot be used: {cause}.") from None
             time.sleep(1)
     if study.user_attrs["space"] != mine:
         raise UserError(f"The study {name} was begun with another space or other overrides; give another --study.")
@@ -330,7 +324,8 @@ def main() -> None:
         storage = given.storage or str(folder / "study.db")
         sweep = Sweep(begin(name, storage, given.pruner, space, metric, mode), space, metric, folder, given.seed)
         print(
-            f"study {name} in {masked(storage)}: {len(sweep.counted())} of {given.trials} trials are there", flush=True
+            f"study {name} in {masked_text(storage)}: {len(sweep.counted())} of {given.trials} trials are there",
+            flush=True,
         )
         sweep.run(given.trials)
         if sweep.told_to_end is not None:

@@ -81,22 +81,47 @@ def writing(folder: Path, name: str) -> Callable[[], bool]:
     return lambda: any(folder.glob(f"**/.{name}.*.part.*"))
 
 
-def rows(folder: Path, least: int) -> Callable[[], bool]:
-    """When the checkpoint has come so far."""
-    file = folder / "checkpoints/last.ckpt"
-
-    def come() -> bool:
-        return file.exists() and checkpoint.read(file)["global_step"] >= least
-
-    return come
+def interrupted(folder: Path, hook: str, step: int, number: int, *overrides: str) -> commands.Ended:
+    """A run that gets a signal at the end of that batch, validation or epoch."""
+    told = {"_target_": "interruption.Interruption", "hook": hook, "step": step, "number": int(number)}
+    callback = [f"+callbacks.interruption.{name}={value}" for name, value in told.items()]
+    tests = {"PYTHONPATH": str(Path(__file__).parent)}
+    return commands.run(*LONG, EVERY_STEP, *overrides, *callback, folder=folder, env=tests, check=False)
 
 
-@pytest.mark.parametrize("step", [5, 14, 30], ids=["in the first epoch", "at its end", "in the third"])
-def test_a_killed_run_ends_as_if_it_had_not_been(step: int, straight: Path, tmp_path: Path) -> None:
-    assert kill(tmp_path, rows(tmp_path, step), EVERY_STEP) == -signal.SIGKILL
+@pytest.mark.parametrize(("hook", "step"), [("batch", 5), ("batch", 14), ("validation", 14), ("epoch", 28)])
+def test_a_killed_run_ends_as_if_it_had_not_been(hook: str, step: int, straight: Path, tmp_path: Path) -> None:
+    assert interrupted(tmp_path, hook, step, signal.SIGKILL).returncode == -signal.SIGKILL
     assert not (tmp_path / "skill.nc").exists()
     commands.run(*LONG, folder=tmp_path)
     assert_same(tmp_path, straight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "moments"),
+    [
+        (["trainer.val_check_interval=0.5"], [("batch", 7), ("validation", 7), ("batch", 14)]),
+        (
+            ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"],
+            [("batch", 1), ("validation", 1), ("batch", 7)],
+        ),
+        (
+            ["trainer.check_val_every_n_epoch=2", "trainer.max_steps=50", "trainer.max_epochs=-1"],
+            [("batch", 14), ("epoch", 14), ("validation", 28)],
+        ),
+        (["data.workers=1"], [("batch", 20)]),
+    ],
+    ids=["validations inside epochs", "gathered gradients", "epochs without validation", "a worker that draws ahead"],
+)
+def test_a_killed_run_of_another_rhythm_too(
+    overrides: list[str], moments: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    commands.run(*LONG, *overrides, folder=tmp_path / "straight")
+    for hook, step in moments:
+        folder = tmp_path / f"{hook} {step}"
+        assert interrupted(folder, hook, step, signal.SIGKILL, *overrides).returncode == -signal.SIGKILL
+        commands.run(*LONG, *overrides, folder=folder)
+        assert_same(folder, tmp_path / "straight")
 
 
 def test_last_checkpoint_knows_the_best_of_its_own_validation(straight: Path) -> None:
@@ -109,16 +134,45 @@ def test_last_checkpoint_knows_the_best_of_its_own_validation(straight: Path) ->
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_cleanly(number: signal.Signals, straight: Path, tmp_path: Path) -> None:
-    first = [one for one in LONG if one != "resume=auto"]
-    command = commands.start(*first, "callbacks.last.minutes=null", folder=tmp_path)
-    while not (tmp_path / "checkpoints/last.ckpt").exists():  # after the first epoch: somewhere in the second
-        time.sleep(0.01)
-    command.send_signal(number)
-    assert command.wait(60) == 128 + number
-    assert "Traceback" not in command.stderr
-    assert "resume=auto goes on from there" in command.stdout
-    commands.run(*first, "ckpt_path=last", folder=tmp_path)
+    ended = interrupted(tmp_path, "batch", 20, number, "callbacks.last.minutes=null")
+    assert ended.returncode == 128 + number
+    assert "Traceback" not in ended.stderr
+    assert "resume=auto goes on from there" in ended.stdout
+    assert checkpoint.read(tmp_path / "checkpoints/last.ckpt")["global_step"] == 21
+    commands.run(*(one for one in LONG if one != "resume=auto"), "ckpt_path=last", folder=tmp_path)
     assert_same(tmp_path, straight)
+
+
+def test_a_training_is_not_written_over(straight: Path) -> None:
+    ended = commands.run(*(one for one in LONG if one != "resume=auto"), folder=straight, check=False)
+    assert ended.returncode == 1
+    assert "holds a training already; go on with it by resume=auto" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("optimizer.lr=0.001", "was trained with optimizer.lr=0.006, but this run has optimizer.lr=0.001"),
+        ("scheduler.warmup=0.5", "was trained with scheduler.warmup=0.1"),
+        ("loss=mae", "was trained with loss._target_"),
+        ("data.train=29", "was trained on other data"),
+        ("data.batch_size=3", "samples a batch of all processes 2, but this run has 3"),
+        ("data.seed=1", "inside an epoch with seed 0, but this run has 1"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(changed: str, said: str, cut_off: Path) -> None:
+    ended = commands.run(*LONG, changed, folder=cut_off, check=False)
+    assert ended.returncode == 1
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ended inside an epoch."""
+    folder = tmp_path_factory.mktemp("cut_off")
+    commands.run(*LONG, "trainer.max_steps=5", folder=folder)
+    return folder
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from test_train import TINY
 
 from forecast import checkpoint, command_line
 from forecast.errors import UserError
+from forecast.provenance import masked_text
 
 optuna = pytest.importorskip("optuna", reason="the extra sweep is not installed")
 from forecast import sweep  # noqa: E402  # needs Optuna
@@ -281,8 +282,8 @@ def test_spaces_that_are_shipped_are_right(name: str) -> None:
 
 @pytest.mark.parametrize("secret", ["hidden", "hid@den", "hid/den:"])
 def test_password_of_a_storage_is_never_told(secret: str) -> None:
-    assert sweep.masked(f"no postgresql://me:{secret}@host:5432/db") == "no postgresql://me:***@host:5432/db"
-    assert secret not in sweep.masked(f"mysql://host/db?user=me&password={secret}&x=1")
+    assert masked_text(f"no postgresql://me:{secret}@host:5432/db") == "no postgresql://me:***@host:5432/db"
+    assert secret not in masked_text(f"mysql://host/db?user=me&password={secret}&x=1")
     space = Space((), {})
     with pytest.raises(UserError) as told:
         sweep.begin("a", f"nosuchdb://me:{secret}@host/db", "none", space, "validation/loss", "min")

@@ -56,9 +56,9 @@ class EarlyStopping(callbacks.EarlyStopping):
 class LastCheckpoint(Checkpoint):
     """Keeps last.ckpt, from which the run can go on as if it had never been interrupted.
 
-    It is written after every validation and at the end of every epoch; inside an epoch every so many minutes, where
-    training ends there (max_steps, max_time), and on SIGTERM and SIGUSR1, after which the program ends with the exit code
-    128 + signal. A signal during a validation is heeded at its end. The logs are written first, so that they are never
+    It is written after every validation, and at the end of an epoch that has none; inside an epoch every so many minutes,
+    where training ends there (max_steps, max_time), and on SIGTERM and SIGUSR1, after which the program ends with the exit
+    code 128 + signal. A signal during a validation is heeded after it. The logs are written first, so that they are never
     behind the checkpoint.
 
     Args:
@@ -78,7 +78,11 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at = monotonic()
-        self._listen()
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+        if trainer.received_sigterm:  # while Lightning listened, which would end without saving
+            self._signal = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for number in SIGNALS:  # a test has nothing to save
@@ -87,10 +91,14 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The last batch is followed by a validation; and gradients that are being gathered are in no checkpoint.
-        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        loop = trainer.fit_loop.epoch_loop
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        # From here a validation that follows would be skipped, unless it only follows because training is cut off.
+        validated = loop._should_check_val_fx(fetcher) and (trainer.is_last_batch or not trainer.should_stop)
+        if validated or loop._should_accumulate():  # gradients that are being gathered are in no checkpoint
             return
-        ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+        ends = trainer.should_stop or trainer.is_last_batch or trainer.global_step == trainer.max_steps
         due = self.minutes is not None and monotonic() - self._saved_at >= 60 * self.minutes
         if trainer.strategy.reduce_boolean_decision(bool(ends or due or self._signal), all=False):
             # Lightning logs this batch after this hook, when a process that is killed never comes to it.
@@ -99,35 +107,34 @@ class LastCheckpoint(Checkpoint):
             self._leave_if_told(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A training that is stopped inside an epoch is validated once more; it goes on from before that.
-        if not (trainer.should_stop and self._saved_step == trainer.global_step):
+        # A training that is cut off inside an epoch is validated once more; it goes on from before that.
+        stopped = trainer.should_stop and self._saved_step == trainer.global_step
+        if not (stopped or trainer.sanity_checking or trainer.fit_loop.epoch_loop._should_accumulate()):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
         self._leave_if_told(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False):  # a trial of a few batches, which leaves nothing
+            return
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # means: write now; ours do not look at it
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at = monotonic()
         self._saved_step = trainer.global_step
 
-    def _listen(self) -> None:
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-
-        for number in SIGNALS:
-            signal.signal(number, remember)
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
 
     def _leave_if_told(self, trainer: pl.Trainer) -> None:
         """Ends the program in all processes, where a signal has reached any of them."""
-        if trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
+        mine = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        if number:
             if trainer.is_global_zero:
                 print(f"Interrupted; saved {self.path}. The same command with resume=auto goes on from there.")
-            raise SystemExit(128 + (self._signal or signal.SIGTERM))
+            raise SystemExit(128 + number)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
