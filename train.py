@@ -243,8 +243,9 @@ def run(cfg: DictConfig) -> float | None:
         return train(cfg)
     except Exception as error:
         mistake = sentence(error)
-        if cfg.run == "fit" and Path(cfg.folder).is_dir() and os.access(cfg.folder, os.W_OK):
-            with contextlib.suppress(OSError), whole(Path(cfg.folder) / "error.txt") as path:  # the disk may be full
+        # For the table of runs; a run that is finished stays so, and the disk may be full.
+        if cfg.run == "fit" and not (Path(cfg.folder) / "skill.nc").exists():
+            with contextlib.suppress(OSError), whole(Path(cfg.folder) / "error.txt") as path:
                 path.write_text(f"{mistake or config.first_line(error)}\n", encoding="utf-8")
         if HydraConfig.get().mode is RunMode.RUN:
             if mistake is None:

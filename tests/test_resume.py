@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 from test_train import TINY
 
-from forecast import checkpoint
+from forecast import checkpoint, runs
 
 # Odd numbers, so that the last batch of an epoch is not full; a log at every third step.
 LONG = [
@@ -147,6 +147,7 @@ def test_a_training_is_not_written_over(straight: Path) -> None:
     ended = commands.run(*(one for one in LONG if one != "resume=auto"), folder=straight, check=False)
     assert ended.returncode == 1
     assert "holds a training already; go on with it by resume=auto" in ended.stderr
+    assert runs.read(straight).state == "finished"
 
 
 @pytest.mark.parametrize(
