@@ -25,6 +25,7 @@ from forecast.provenance import masked_text
 optuna = pytest.importorskip("optuna", reason="the extra sweep is not installed")
 from forecast import sweep  # noqa: E402  # needs Optuna
 from forecast.space import Space, check, read_space  # noqa: E402  # likewise
+from forecast.study import begin, open_storage  # noqa: E402  # likewise
 
 States = optuna.trial.TrialState
 
@@ -43,7 +44,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def study_in(storage: object) -> Any:
-    return optuna.load_study(study_name=None, storage=sweep.open_storage(str(storage)))
+    return optuna.load_study(study_name=None, storage=open_storage(str(storage)))
 
 
 def logged(folder: Path) -> list[float]:
@@ -91,7 +92,7 @@ class AtOnce(optuna.pruners.BasePruner):  # type: ignore[misc]  # Optuna may be 
 def test_pruned_trial_is_ended_while_it_runs(tmp_path: Path) -> None:
     long = [*(one for one in TINY if "max_epochs" not in one), "trainer.max_epochs=100000"]
     space = read_space(write_space(tmp_path, {"optimizer.lr": {"choices": [0.01]}}, long))
-    study = optuna.create_study(storage=sweep.open_storage(str(tmp_path / "study.db")), pruner=AtOnce())
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "study.db")), pruner=AtOnce())
     sweep.Sweep(study, space, "validation/loss", tmp_path / "trials").run(1)
     (trial,) = study.trials
     assert trial.state == States.PRUNED
@@ -131,7 +132,7 @@ def running(folder: Path) -> bool:
 def waiting(tmp_path: Path) -> sweep.Sweep:
     """A study on which nothing has run."""
     space = read_space(write_space(tmp_path, {"optimizer.lr": {"type": "float", "low": 1, "high": 2}}))
-    study = sweep.begin("waiting", str(tmp_path / "study.db"), "median", space, "validation/loss", "min")
+    study = begin("waiting", str(tmp_path / "study.db"), "median", space, "validation/loss", "min")
     return sweep.Sweep(study, space, "validation/loss", tmp_path / "trials")
 
 
@@ -175,7 +176,7 @@ def test_draws_are_a_function_of_seed_and_trial(tmp_path: Path, monkeypatch: pyt
 def test_joining_with_another_space_is_refused(waiting: sweep.Sweep, tmp_path: Path) -> None:
     other = Space(("seed=1",), waiting.space.search)
     with pytest.raises(UserError, match="begun with another space"):
-        sweep.begin("waiting", str(tmp_path / "study.db"), "median", other, "validation/loss", "min")
+        begin("waiting", str(tmp_path / "study.db"), "median", other, "validation/loss", "min")
 
 
 def test_trial_folder_of_another_study_is_not_written_into(waiting: sweep.Sweep) -> None:
@@ -286,7 +287,7 @@ def test_password_of_a_storage_is_never_told(secret: str) -> None:
     assert secret not in masked_text(f"mysql://host/db?user=me&password={secret}&x=1")
     space = Space((), {})
     with pytest.raises(UserError) as told:
-        sweep.begin("a", f"nosuchdb://me:{secret}@host/db", "none", space, "validation/loss", "min")
+        begin("a", f"nosuchdb://me:{secret}@host/db", "none", space, "validation/loss", "min")
     assert secret not in str(told.value)
 
 
