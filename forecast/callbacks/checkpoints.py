@@ -67,6 +67,8 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str, minutes: float | None = 15.0) -> None:
+        if minutes is not None and minutes < 0:
+            raise UserError(f"callbacks.last.minutes is {minutes}; it must be 0 or more, or null for none.")
         self.path = Path(dirpath) / "last.ckpt"
         self.minutes = minutes
         self._saved_at = monotonic()
