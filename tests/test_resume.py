@@ -59,7 +59,7 @@ def kill(folder: Path, moment: Callable[[], bool], *overrides: str, number: int 
     """Starts the run, kills it at that moment, and returns its exit code."""
     command = commands.start(*LONG, *overrides, folder=folder)
     while not moment() and command.poll() is None:
-        pass
+        time.sleep(0.0002)  # leaves the core to the run
     command.send_signal(number)
     return command.wait(60)
 
@@ -100,14 +100,14 @@ def test_a_killed_run_ends_as_if_it_had_not_been(hook: str, step: int, straight:
 @pytest.mark.parametrize(
     ("overrides", "moments"),
     [
-        (["trainer.val_check_interval=0.5"], [("batch", 7), ("validation", 7), ("batch", 14)]),
+        (["trainer.val_check_interval=0.5"], [("batch", 7), ("validation", 7)]),
         (
             ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=3"],
-            [("batch", 1), ("validation", 1), ("batch", 7)],
+            [("validation", 1), ("batch", 7)],
         ),
         (
             ["trainer.check_val_every_n_epoch=2", "trainer.max_steps=50", "trainer.max_epochs=-1"],
-            [("batch", 14), ("epoch", 14), ("validation", 28)],
+            [("batch", 14), ("validation", 28)],
         ),
         (["data.workers=1"], [("batch", 20)]),
     ],

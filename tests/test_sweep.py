@@ -314,6 +314,20 @@ def test_jobs_of_a_launcher_are_single_runs_to_the_bit(launcher: str, single: Pa
         xr.testing.assert_identical(one, job)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_job_of_a_launcher_may_have_processes_of_its_own(launcher: str, tmp_path: Path) -> None:
+    pytest.importorskip(
+        f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="the extra sweep is not installed"
+    )
+    pair = [*TINY, "trainer=ddp", "data.batch_size=2"]
+    run(*pair, folder=tmp_path / "alone")
+    run_alone("-m", *pair, "seed=0,1", f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}")
+    alone, job = (checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("alone", "0"))
+    assert all(torch.equal(alone[name], job[name]) for name in alone)
+    assert (tmp_path / "1/skill.nc").exists()
+
+
 def test_sweep_of_wandb_gives_overrides_that_train_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils", reason="the extra wandb is not installed")
     led = yaml.safe_load((ROOT / "docs/wandb_sweep.yaml").read_text(encoding="utf-8"))
