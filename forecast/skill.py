@@ -1,95 +1,76 @@
-"""The skill of several models over the same windows: counts and sums, the labelled dataset, the table, the CSV.
+"""The skill of several models over the same windows: the states of their metrics, the labelled dataset, and what is logged.
 
 The road is one way: metric states on the device -> an xarray Dataset of counts and sums by model, block, lead time
-(and threshold) -> `derive`, which reads scores off any pool of them. Pools are sums of counts, never means of scores.
+(and further axes) -> `derive`, which reads scores off any pool of them. Pools are sums of counts, never means of scores.
 
 Axes: B batch, S forecast frames, C channels, H W space.
 """
 
-from collections.abc import Sequence
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
 import xarray as xr
-from rich.table import Table
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import forecast.metrics
 from forecast.batch import Forecast
-from forecast.metrics import contingency, continuous
-from forecast.metrics.contingency import Contingency
-from forecast.metrics.continuous import Continuous
-from forecast.units import Quantity
+from forecast.errors import UserError
+from forecast.metrics.coverage import Coverage
+from forecast.metrics.metric import AdditiveMetric, Scope, Score
 
-# Long name, and units as a power of the quantity's.
-_COUNTS: dict[str, tuple[str, int]] = {
-    "pixels": ("valid pixels", 0),
-    "undefined": ("valid pixels where the forecast or the truth is not a finite number", 0),
-    "error_sum": ("sum of forecast - truth", 1),
-    "absolute_error_sum": ("sum of |forecast - truth|", 1),
-    "squared_error_sum": ("sum of (forecast - truth)^2", 2),
-    "forecast_sum": ("sum of the forecast", 1),
-    "truth_sum": ("sum of the truth", 1),
-    "forecast_square_sum": ("sum of forecast^2", 2),
-    "truth_square_sum": ("sum of truth^2", 2),
-    "product_sum": ("sum of forecast * truth", 2),
-}
-_EVENTS: dict[str, tuple[str, int]] = {
-    "hits": ("events that were forecast", 0),
-    "misses": ("events that were not forecast", 0),
-    "false_alarms": ("forecast events that were none", 0),
-    "correct_negatives": ("pixels without event, and none forecast", 0),
-}
-_SCORES: dict[str, tuple[str, int]] = {
-    "mse": ("mean squared error", 2),
-    "rmse": ("root mean squared error", 1),
-    "mae": ("mean absolute error", 1),
-    "mean_error": ("mean error", 1),
-    "correlation": ("Pearson correlation", 0),
-}
-_EVENT_SCORES: dict[str, tuple[str, int]] = {
-    "csi": ("critical success index", 0),
-    "pod": ("probability of detection", 0),
-    "far": ("false alarm ratio", 0),
-    "frequency_bias": ("frequency bias", 0),
-    "hss": ("Heidke skill score", 0),
-}
-# In the tables: heading, and the value that is best.
-_COLUMNS: dict[str, tuple[str, float]] = {
-    "mse": ("MSE", 0.0),
-    "rmse": ("RMSE", 0.0),
-    "mae": ("MAE", 0.0),
-    "correlation": ("correlation", 1.0),
-    "csi": ("CSI", 1.0),
-    "pod": ("POD", 1.0),
-    "far": ("FAR", 0.0),
-    "hss": ("HSS", 1.0),
-    "frequency_bias": ("bias", 1.0),
-}
+_POOLED = (
+    "a score of several blocks or lead times: their counts and sums are added up, then divided once, so that every valid "
+    "pixel weighs the same; nothing to divide by, and any pixel that is undefined, gives NaN"
+)
+_MEAN = "the mean of the scores of single lead times (each pooled over blocks), so that every lead time weighs the same"
+_SUFFIXES = {"threshold": "_{:g}", "scale": "_{:g}px", "pool": "_{:g}px"}
 
 
 class Skill(nn.Module):
     """Scores several models over the same windows.
 
-    `summary` and `dataset` add up over all processes: under DDP every process has to call them.
+    `summary`, `curves` and `dataset` add up over all processes: under DDP every process has to call them.
 
     Args:
         models: their names, in the order in which they are shown.
-        quantity: of the values; its thresholds are the events.
-        steps: forecast frames, S.
-        blocks: number of rain events (or sequences), the pools that can still be told apart afterwards.
+        scope: what is scored.
         cadence: seconds between frames; None where frames have no time.
+        metrics: by a name of the user's, what makes each of them; `Coverage` is added.
+
+    Raises:
+        UserError: two of the metrics are of one kind.
     """
 
-    def __init__(self, models: Sequence[str], quantity: Quantity, steps: int, blocks: int, cadence: int | None) -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        scope: Scope,
+        cadence: int | None,
+        metrics: Mapping[str, Callable[[Scope], AdditiveMetric]],
+    ) -> None:
         super().__init__()
         self.models = tuple(models)
-        self.quantity = quantity
-        self.steps = steps
-        self.blocks = blocks
+        self.scope = scope
         self.cadence = cadence
         # Lists, since names such as "convlstm.v2" or "update" are no keys of a ModuleDict.
-        self.contingency = nn.ModuleList(Contingency(quantity.thresholds, steps, blocks) for _ in models)
-        self.continuous = nn.ModuleList(Continuous(steps, blocks) for _ in models)
+        self._states = nn.ModuleList(
+            nn.ModuleList([Coverage(scope), *(make(scope) for make in metrics.values())]) for _ in models
+        )
+        kinds = [type(metric).__name__ for metric in self.metrics(self.models[0])]
+        for name, kind in zip(metrics, kinds[1:], strict=True):
+            if kinds.count(kind) > 1:
+                raise UserError(f"The metric {name} is a {kind}, of which there can be only one; leave out the others.")
+
+    def metrics(self, model: str) -> list[AdditiveMetric]:
+        """What scores a model; `Coverage` comes first."""
+        return [cast(AdditiveMetric, metric) for metric in cast(nn.ModuleList, self._states[self.models.index(model)])]
 
     def update(self, model: str, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
         """Score one batch of one model.
@@ -101,92 +82,112 @@ class Skill(nn.Module):
             valid: B S C H W bool; other pixels are scored nowhere.
             block: B int64; -1 marks a padded sample, scored nowhere.
         """
-        for metric in self._metrics(model):
+        for metric in self.metrics(model):
             metric.update(forecast, truth, valid, block)
 
     def reset(self) -> None:
         """Forget everything."""
         for model in self.models:
-            for metric in self._metrics(model):
+            for metric in self.metrics(model):
                 metric.reset()
 
     def summary(self, model: str) -> dict[str, float]:
-        """One number per score for the training log, pooled over blocks and lead times.
+        """One number per logged score (its threshold, its scale), pooled over blocks and lead times.
 
         Returns:
-            mse, mae, csi_<threshold>, bias_<threshold>; NaN where nothing was scored or a forecast was not finite.
+            mse, csi_<threshold>, fss_<threshold>_<scale>px and so on, as `Score.log` says; NaN where nothing was scored or
+            a forecast was not finite.
         """
-        scores = derive(self._counts([model]).sum(["block", "lead_time"], skipna=False)).isel(model=0)
-        numbers = {name: float(scores[name]) for name in ("mse", "mae")}
-        for name, score in (("csi", scores["csi"]), ("bias", scores["frequency_bias"])):
-            numbers |= {f"{name}_{float(one.threshold):g}": float(one) for one in score}
-        return numbers
+        return self._summary(self._counts([model]))
 
     def curves(self, model: str) -> dict[str, float]:
-        """CSI and frequency bias of every threshold and lead time for the training log, pooled over blocks.
+        """The same by lead time, pooled over blocks.
 
         Returns:
-            csi_<threshold>/<lead time> and bias_<threshold>/<lead time>, with the lead time as 30min, or as frame3 where
-            frames have no time; NaN as in `summary`.
+            mse/<lead time>, csi_<threshold>/<lead time> and so on, with the lead time as 30min, or as frame3 where frames
+            have no time; NaN as in `summary`.
         """
-        scores = derive(self._counts([model]).sum("block", skipna=False)).isel(model=0)
-        leads = scores["lead_time"].values
-        labels = [f"frame{lead}" if self.cadence is None else f"{lead:g}min" for lead in leads]
-        return {
-            f"{name}_{float(one.threshold):g}/{label}": float(value)
-            for name, score in (("csi", scores["csi"]), ("bias", scores["frequency_bias"]))
-            for one in score.transpose("threshold", "lead_time")
-            for label, value in zip(labels, one.values, strict=True)
-        }
+        return self._curves(self._counts([model]))
+
+    def names(self) -> list[str]:
+        """What `summary` and `curves` will give; no data are needed, and no other process."""
+        nothing = self._labelled(self.models[:1], [{}])
+        return [*self._summary(nothing), *self._curves(nothing)]
 
     def dataset(self) -> xr.Dataset:
-        """Counts and sums by model, block, lead time (and threshold), and the scores of all blocks pooled."""
+        """Counts and sums by model, block, lead time (and further axes), and the scores of all blocks pooled."""
         counts = self._counts(self.models)
         scores = derive(counts.sum("block", skipna=False))
+        quantity = self.scope.quantity
         attributes = {
-            "title": f"Forecast skill: {self.quantity.long_name}",
-            "quantity": self.quantity.name,
-            "units": self.quantity.units,
+            "title": f"Forecast skill: {quantity.long_name}",
+            "quantity": quantity.name,
+            "units": quantity.units,
             "events": "forecast >= threshold and truth >= threshold: a value equal to the threshold is an event",
-            "pooling": "counts and sums are added up over blocks, then scores are computed: every valid pixel weighs "
-            "the same; nothing to divide by gives NaN",
+            "pooled": _POOLED,
+            "mean_over_leads": _MEAN,
         }
         return xr.merge([counts, scores]).assign_attrs(attributes)
 
-    def _metrics(self, model: str) -> tuple[Contingency, Continuous]:
-        row = self.models.index(model)
-        return cast(Contingency, self.contingency[row]), cast(Continuous, self.continuous[row])
+    def _summary(self, counts: xr.Dataset) -> dict[str, float]:
+        scores = self._logged(counts.sum(["block", "lead_time"], skipna=False))
+        return {name: float(score) for name, score in scores.items()}
+
+    def _curves(self, counts: xr.Dataset) -> dict[str, float]:
+        leads = counts["lead_time"].values
+        labels = [f"frame{lead}" if self.cadence is None else f"{lead:g}min" for lead in leads]
+        return {
+            f"{name}/{label}": float(value)
+            for name, score in self._logged(counts.sum("block", skipna=False)).items()
+            for label, value in zip(labels, score.values, strict=True)
+        }
+
+    def _logged(self, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        scores = derive(counts).isel(model=0)
+        known = catalogue()
+        return {
+            f"{known[str(name)].log}{suffix}": one
+            for name in scores
+            if known[str(name)].log is not None
+            for suffix, one in columns(scores[name]).items()
+        }
 
     def _counts(self, models: Sequence[str]) -> xr.Dataset:
-        by_model = [{**events.compute(), **sums.compute()} for events, sums in map(self._metrics, models)]
-        by_lead = ("model", "block", "lead_time")
-        by_threshold = (*by_lead, "threshold")
-        sizes = (len(models), self.blocks, self.steps, len(self.quantity.thresholds))
+        states = []
+        for model in models:
+            computed = [metric.compute() for metric in self.metrics(model)]
+            states.append({name: state.cpu().numpy() for one in computed for name, state in one.items()})
+        return self._labelled(models, states)
+
+    def _labelled(self, models: Sequence[str], states: Sequence[Mapping[str, NDArray[Any]]]) -> xr.Dataset:
+        """The states of each model with names on their axes; zeros where there is none."""
+        metrics = self.metrics(self.models[0])
+        coordinates = self._coordinates(models)
+        for metric in metrics:
+            coordinates |= metric.coordinates()
         variables = {}
-        for name, (long_name, power) in (_COUNTS | _EVENTS).items():
-            dims = by_threshold if name in _EVENTS else by_lead
+        for name, one in ((name, one) for metric in metrics for name, one in metric.SUMS.items()):
+            dims = ("model", "block", "lead_time", *one.dims)
+            shape = [coordinates[dim].size for dim in dims[1:]]
             # The shape is given, since torchmetrics squeezes a state of one element to a scalar.
-            values = np.stack([states[name].cpu().numpy() for states in by_model]).reshape(sizes[: len(dims)])
-            attributes = {"long_name": long_name, "units": _power(self.quantity.units, power)}
-            variables[name] = xr.Variable(dims, values, attributes)
-        return xr.Dataset(variables, self._coordinates(models))
+            values = [state[name].reshape(shape) if name in state else np.zeros(shape, int) for state in states]
+            attributes = {"long_name": one.long_name, "units": _power(self.scope.quantity.units, one.power)}
+            variables[name] = xr.Variable(dims, np.stack(values), attributes)
+        return xr.Dataset(variables, coordinates)
 
     def _coordinates(self, models: Sequence[str]) -> dict[str, xr.Variable]:
-        frames = np.arange(1, self.steps + 1)
+        frames = np.arange(1, self.scope.steps + 1)
         if self.cadence is None:
             lead_time = xr.Variable("lead_time", frames, {"long_name": "lead time", "units": "frames"})
         else:
             # "min", not "minutes", which xarray would decode to timedelta64 when the file is read.
             minutes = frames * self.cadence / 60
             lead_time = xr.Variable("lead_time", minutes, {"long_name": "lead time", "units": "min"})
-        threshold = np.asarray(self.quantity.thresholds, dtype=np.float64)
         return {
             "model": xr.Variable("model", list(models), {"long_name": "model"}),
-            "block": xr.Variable("block", np.arange(self.blocks), {"long_name": "rain event or sequence"}),
+            "block": xr.Variable("block", np.arange(self.scope.blocks), {"long_name": "rain event or sequence"}),
             "lead_time": lead_time,
-            "threshold": xr.Variable(
-                "threshold", threshold, {"long_name": "event threshold", "units": self.quantity.units}
-            ),
+            "threshold": self.scope.threshold,
         }
 
 
@@ -199,99 +200,66 @@ def derive(counts: xr.Dataset) -> xr.Dataset:
         counts: a Dataset with the variables of `Skill.dataset`, summed over whichever dimensions.
 
     Returns:
-        mse, rmse, mae, mean_error, correlation, and csi, pod, far, frequency_bias, hss by threshold, on the
-        dimensions that are left. NaN where there is nothing to divide by, or where any pixel of the pool is undefined.
+        The scores of every metric whose sums are all there, on the dimensions that are left. NaN where there is nothing to
+        divide by, or where any pixel of the pool is undefined.
     """
-    n = counts["pixels"]
-    a, b, c, d = (counts[name] for name in ("hits", "false_alarms", "misses", "correct_negatives"))
-    moments = ("forecast_sum", "truth_sum", "forecast_square_sum", "truth_square_sum", "product_sum")
-    scores = {
-        "mse": continuous.mse(counts["squared_error_sum"], n),
-        "rmse": continuous.rmse(counts["squared_error_sum"], n),
-        "mae": continuous.mae(counts["absolute_error_sum"], n),
-        "mean_error": continuous.mean_error(counts["error_sum"], n),
-        "correlation": continuous.correlation(n, *(counts[name] for name in moments)),
-        "csi": contingency.csi(a, c, b),
-        "pod": contingency.pod(a, c),
-        "far": contingency.far(a, b),
-        "frequency_bias": contingency.frequency_bias(a, c, b),
-        "hss": contingency.hss(a, c, b, d),
-    }
     # Sums in xarray skip NaN unless told otherwise; the count of undefined pixels cannot be skipped.
     defined = counts["undefined"] == 0
     units = counts["threshold"].attrs.get("units", "1")
-    derived = xr.Dataset({name: score.where(defined) for name, score in scores.items()})
-    for name, (long_name, power) in (_SCORES | _EVENT_SCORES).items():
-        derived[name].attrs = {"long_name": long_name, "units": _power(units, power)}
+    order = list(counts.data_vars)
+    derived = xr.Dataset()
+    present = [metric for metric in _metrics() if set(metric.SUMS) <= set(order)]
+    for metric in sorted(present, key=lambda metric: order.index(next(iter(metric.SUMS)))):
+        for name, score in metric.scores(counts).items():
+            about = metric.SCORES[name]
+            derived[name] = score.where(defined)
+            derived[name].attrs = {"long_name": about.long_name, "units": about.units or _power(units, about.power)}
     return derived
 
 
-def tables(skill: xr.Dataset) -> list[Table]:
-    """The models side by side at each lead time, and their mean over all lead times: values first, then each threshold.
+def catalogue() -> dict[str, Score]:
+    """Every score that `derive` can give, by name."""
+    return {name: score for metric in _metrics() for name, score in metric.SCORES.items()}
 
-    The best value of each is bold. Of more than 12 lead times some are left out; skill.csv has them all.
 
-    Args:
-        skill: from `Skill.dataset`.
+def metric_of(score: str) -> type[AdditiveMetric]:
+    """The metric that reads a score off its sums (and off those of `Coverage`)."""
+    return next(metric for metric in _metrics() if score in metric.SCORES)
+
+
+def columns(score: xr.DataArray) -> dict[str, xr.DataArray]:
+    """A score taken apart by its thresholds and scales, each under the suffix that names it: _20, _8px, _20_8px.
+
+    Returns:
+        Nothing for a score with other axes, such as a spectrum, which is no column of a table.
     """
-    title, units = skill.attrs["title"], skill.attrs["units"].removeprefix("1")
-    made = [_table(title, skill[[name for name in _COLUMNS if name in _SCORES]])]
-    for threshold in skill["threshold"].values:
-        events = skill[[name for name in _COLUMNS if name in _EVENT_SCORES]].sel(threshold=threshold)
-        made.append(_table(f"{title}; events: at least {threshold:g} {units}".rstrip(), events))
-    return made
+    further = [str(dim) for dim in score.dims if dim not in ("model", "block", "lead_time")]
+    if any(dim not in _SUFFIXES for dim in further):
+        return {}
+    axes = [dim for dim in _SUFFIXES if dim in further]
+    apart = {}
+    for place in product(*(range(score.sizes[dim]) for dim in axes)):
+        one = score.isel(dict(zip(axes, place, strict=True)))
+        suffix = "".join(_SUFFIXES[dim].format(float(one[dim])) for dim in axes)
+        apart[suffix] = one.drop_vars(_SUFFIXES, errors="ignore")
+    return apart
 
 
-def _table(title: str, scores: xr.Dataset) -> Table:
-    """Scores over model and lead_time."""
-    shown = Table(title=title)
-    shown.add_column(f"lead time ({scores['lead_time'].attrs['units']})", justify="right")
-    shown.add_column("model")
-    for name in scores:
-        shown.add_column(_COLUMNS[str(name)][0], justify="right")
-    leads = scores.sizes["lead_time"]
-    # All lead times up to 12, of more every n-th and the last.
-    rows = range(leads - 1, -1, -max(1, -(-leads // 12)))[::-1]
-    groups = [(f"{float(scores['lead_time'][row]):g}", scores.isel(lead_time=row)) for row in rows]
-    for label, group in [*groups, ("mean", scores.mean("lead_time", skipna=False))]:
-        cells = [_cells(group[name].values, _COLUMNS[str(name)][1]) for name in scores]
-        for index, model in enumerate(scores["model"].values):
-            shown.add_row(label if index == 0 else "", str(model), *(column[index] for column in cells))
-        shown.add_section()
-    return shown
-
-
-def wide(skill: xr.Dataset) -> Any:
-    """The pooled scores as a pandas DataFrame: one row per model and lead time, one column per score.
-
-    Scores of events have their threshold in the column's name, as in the training log: csi_20.
-
-    Args:
-        skill: from `Skill.dataset`.
-    """
-    columns = skill[list(_SCORES)]
-    for name in _EVENT_SCORES:
-        for one in skill[name].transpose("threshold", ...):
-            columns[f"{name}_{float(one.threshold):g}"] = one.drop_vars("threshold")
-    lead_time = f"lead_time_{skill['lead_time'].attrs['units']}"
-    columns = columns.drop_vars("threshold", errors="ignore").rename(lead_time=lead_time)
-    return columns.to_dataframe(dim_order=["model", lead_time]).reset_index()
-
-
-def to_csv(skill: xr.Dataset) -> str:
-    """The rows of `wide` as comma-separated values."""
-    text: str = wide(skill).to_csv(index=False, float_format="%.8g")
-    return text
-
-
-def _cells(values: np.ndarray, best: float) -> list[str]:
-    """Values of the models with four digits, the one nearest to `best` in bold."""
-    distance = np.abs(values - best)
-    texts = [f"{value:.4g}" for value in values]
-    if len(texts) > 1 and np.isfinite(distance).any():
-        winner = int(np.nanargmin(distance))
-        texts[winner] = f"[bold]{texts[winner]}[/bold]"
-    return texts
+@cache
+def _metrics() -> tuple[type[AdditiveMetric], ...]:
+    """The metrics of all files in forecast/metrics."""
+    modules = [
+        importlib.import_module(f"{forecast.metrics.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(forecast.metrics.__path__)
+    ]
+    return tuple(
+        member
+        for module in modules
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if member.__module__ == module.__name__
+        and issubclass(member, AdditiveMetric)
+        and not inspect.isabstract(member)
+    )
 
 
 def _power(units: str, power: int) -> str:

@@ -10,9 +10,26 @@ import xarray as xr
 from torch import Tensor
 
 from forecast.batch import Forecast
-from forecast.metrics.contingency import Contingency, csi, far, frequency_bias, hss, pod
+from forecast.metrics.contingency import (
+    Contingency,
+    csi,
+    ets,
+    far,
+    frequency_bias,
+    hss,
+    peirce,
+    pod,
+    sedi,
+    success_ratio,
+)
+from forecast.metrics.metric import Scope
+from forecast.units import Quantity
 
 THRESHOLDS = (5.0, 20.0, 30.5)
+
+
+def scope(thresholds: tuple[float, ...] = THRESHOLDS, steps: int = 4, blocks: int = 3) -> Scope:
+    return Scope(Quantity("x", "reflectivity", "dBZ", thresholds, floor=-10.0), steps, blocks)
 
 
 class Windows(NamedTuple):
@@ -33,7 +50,7 @@ def windows(seed: int = 0, samples: int = 6, blocks: int = 3) -> Windows:
 
 
 def counts(*batches: Windows, blocks: int = 3) -> dict[str, Tensor]:
-    metric = Contingency(THRESHOLDS, steps=4, blocks=blocks)
+    metric = Contingency(scope(blocks=blocks))
     for batch in batches:
         metric.update(*batch)
     return metric.compute()
@@ -47,7 +64,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 def event_of(mean: Tensor, truth: Tensor, threshold: float) -> str:
     """Where a single pixel was counted."""
-    metric = Contingency((threshold,), steps=1, blocks=1)
+    metric = Contingency(scope((threshold,), steps=1, blocks=1))
     metric.update(Forecast(mean), truth, torch.ones_like(truth, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
     (name,) = (name for name, state in metric.compute().items() if state == 1)
     return name
@@ -68,19 +85,25 @@ def test_published_table(wrap: Callable[[float], Any]) -> None:
     assert float(far(a, b)) == pytest.approx(0.317, abs=5e-4)
     assert float(csi(a, c, b)) == pytest.approx(0.573, abs=5e-4)
     assert float(hss(a, c, b, d)) == pytest.approx(0.609, abs=5e-4)
+    assert float(peirce(a, c, b, d)) == pytest.approx(0.635, abs=5e-4)
+    assert float(ets(a, c, b, d)) == pytest.approx(0.438, abs=5e-4)
+    assert float(success_ratio(a, b)) == pytest.approx(1 - 0.317, abs=5e-4)
 
 
-def test_hss_of_large_int64_counts_does_not_overflow() -> None:
+def test_scores_of_large_int64_counts_do_not_overflow() -> None:
     table = (82, 23, 38, 222)
     large = [np.asarray(count * 10**9, dtype=np.int64) for count in table]
     small = [np.asarray(float(count)) for count in table]
-    assert float(hss(*large)) == pytest.approx(float(hss(*small)), rel=1e-12)
+    for score in (hss, ets, peirce, sedi):
+        assert float(score(*large)) == pytest.approx(float(score(*small)), rel=1e-12)
 
 
 def test_nothing_to_divide_by_is_nan() -> None:
     none, some = np.zeros(2), np.ones(2)
-    for score in (pod(none, none), csi(none, none, none), far(none, none), hss(none, none, none, some)):
+    ratios = (pod(none, none), csi(none, none, none), far(none, none), success_ratio(none, none))
+    for score in (*ratios, *(score(none, none, none, some) for score in (hss, ets, peirce, sedi))):
         assert np.isnan(score).all()
+    assert np.isnan(sedi(some, none, none, some)).all()  # perfect, and yet ln 0
     assert np.isnan(frequency_bias(none, none, some)).all()  # and not infinity
 
 
@@ -110,7 +133,8 @@ def test_equals_pysteps(threshold: int) -> None:
         batch.forecast.mean[batch.valid].double().numpy(), batch.truth[batch.valid].double().numpy(), below
     )
     ours = {"CSI": csi(a, c, b), "POD": pod(a, c), "FAR": far(a, b), "BIAS": frequency_bias(a, c, b)}
-    for name, value in (ours | {"HSS": hss(a, c, b, d)}).items():
+    chance = {"HSS": hss(a, c, b, d), "GSS": ets(a, c, b, d), "HK": peirce(a, c, b, d), "SEDI": sedi(a, c, b, d)}
+    for name, value in (ours | chance).items():
         assert float(value) == pytest.approx(float(expected[name]), abs=1e-10), name
 
 
@@ -124,6 +148,10 @@ def test_equals_scores(threshold: int) -> None:
     operator = reference.ThresholdEventOperator(default_event_threshold=THRESHOLDS[threshold])
     expected = operator.make_contingency_manager(*fields)
     for value, name in (
+        (ets(a, c, b, d), "equitable_threat_score"),
+        (peirce(a, c, b, d), "peirce_skill_score"),
+        (sedi(a, c, b, d), "symmetric_extremal_dependence_index"),
+        (success_ratio(a, b), "success_ratio"),
         (csi(a, c, b), "critical_success_index"),
         (pod(a, c), "probability_of_detection"),
         (far(a, b), "false_alarm_ratio"),
@@ -177,22 +205,29 @@ def test_perfect_forecast() -> None:
     assert (float(frequency_bias(a, c, b)), float(hss(a, c, b, d))) == (1.0, 1.0)
 
 
-def test_a_forecast_that_is_not_finite_is_no_correct_negative() -> None:
+def test_a_forecast_that_is_not_finite_is_in_none_of_the_counts() -> None:
     batch = windows()
     mean = batch.forecast.mean.clone()
     mean[0, 2] = torch.nan
     mean[1, 3, 0, 0, 0] = torch.inf
     states = counts(batch._replace(forecast=Forecast(mean)))
-    expected = torch.zeros(3, 4, dtype=torch.int64)
-    expected[0, 2] = batch.valid[0, 2].sum()
-    expected[1, 3] = batch.valid[1, 3, 0, 0, 0]
-    assert torch.equal(states["undefined"], expected)
-    names = ("hits", "misses", "false_alarms", "correct_negatives")
-    assert int(sum(states[name][..., 0].sum() for name in names)) == int(batch.valid.sum() - expected.sum())
+    unknown = int(batch.valid[0, 2].sum() + batch.valid[1, 3, 0, 0, 0])
+    assert int(sum(state[..., 0].sum() for state in states.values())) == int(batch.valid.sum()) - unknown
+
+
+def test_frames_larger_than_what_is_counted_at_a_time() -> None:
+    """Frames are counted some at a time; here a batch needs several turns."""
+    truth = torch.randint(0, 60, (2, 3, 1, 300, 301), generator=torch.Generator().manual_seed(0)).float()
+    mean = truth.roll(1, -1)
+    metric = Contingency(scope(steps=3, blocks=2))
+    metric.update(Forecast(mean), truth, torch.ones_like(truth, dtype=torch.bool), torch.arange(2))
+    both = (mean >= 20) & (truth >= 20)
+    assert torch.equal(metric.compute()["hits"][..., 1], both.sum((2, 3, 4)))
+    assert int(sum(state[..., 1].sum() for state in metric.compute().values())) == truth.numel()
 
 
 def test_reset_and_what_was_computed_stays() -> None:
-    metric = Contingency(THRESHOLDS, steps=4, blocks=3)
+    metric = Contingency(scope())
     metric.update(*windows())
     before = metric.compute()
     kept = {name: state.clone() for name, state in before.items()}

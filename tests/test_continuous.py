@@ -9,7 +9,16 @@ import xarray as xr
 from torch import Tensor
 
 from forecast.batch import Forecast
-from forecast.metrics.continuous import SUMS, Continuous, correlation, mae, mean_error, mse, rmse
+from forecast.metrics.continuous import Continuous, Cosine, correlation, cosine, mae, mean_error, mse, rmse
+from forecast.metrics.coverage import Coverage
+from forecast.metrics.metric import Scope
+from forecast.units import Quantity
+
+SUMS = tuple(Continuous.SUMS)
+
+
+def scope(blocks: int = 3) -> Scope:
+    return Scope(Quantity("x", "reflectivity", "dBZ", (20.0,), floor=-10.0), steps=4, blocks=blocks)
 
 
 def fields(seed: int = 0, samples: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,10 +31,11 @@ def fields(seed: int = 0, samples: int = 6) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def sums(*batches: tuple[Tensor, Tensor, Tensor, Tensor], blocks: int = 3) -> dict[str, Tensor]:
-    metric = Continuous(steps=4, blocks=blocks)
+    metrics = Coverage(scope(blocks)), Continuous(scope(blocks))
     for mean, truth, valid, block in batches:
-        metric.update(Forecast(mean), truth, valid, block)
-    return metric.compute()
+        for metric in metrics:
+            metric.update(Forecast(mean), truth, valid, block)
+    return metrics[0].compute() | metrics[1].compute()
 
 
 def scored(states: dict[str, Tensor]) -> dict[str, float]:
@@ -127,19 +137,65 @@ def test_no_valid_pixel_is_nan() -> None:
     assert np.isnan(list(scored(sums((mean, truth, torch.zeros_like(valid), block))).values())).all()
 
 
-def test_nan_names_itself() -> None:
-    mean, truth, _, block = fields()
-    mean[0, 2, 0, 3, 3] = torch.nan
-    states = sums((mean, truth, torch.ones_like(truth, dtype=torch.bool), block))
-    spoilt = torch.zeros(3, 4, dtype=torch.bool)
-    spoilt[0, 2] = True
-    assert torch.equal(states["squared_error_sum"].isnan(), spoilt)
+def test_what_is_not_finite_adds_nothing_and_is_counted() -> None:
+    mean, truth, valid, block = fields()
+    spoilt = mean.clone()
+    spoilt[0, 2, 0, 3, 3], spoilt[1, 1, 0, 0, :] = torch.nan, torch.inf
+    unknown = valid & ~torch.isfinite(spoilt)
+    one, other = sums((spoilt, truth, valid, block)), sums((mean, truth, valid & ~unknown, block))
+    assert all(torch.equal(one[name], other[name]) for name in SUMS)
+    assert int(one["undefined"].sum()) == int(unknown.sum()) > 0
+    assert torch.equal(one["pixels"] - one["undefined"], other["pixels"])
+
+
+def test_a_member_that_is_not_finite_is_undefined() -> None:
+    mean, truth, valid, block = fields()
+    members, exceedance = mean[:, None].repeat(1, 3, 1, 1, 1, 1), torch.zeros_like(mean)[:, None]
+    members[2, 1, 0, 0, 4, 4], exceedance[3, 0, 1, 0, 5, 5] = torch.nan, torch.inf
+    metric = Coverage(scope())
+    metric.update(Forecast(mean, members, exceedance), truth, torch.ones_like(valid), block)
+    assert metric.compute()["undefined"].nonzero().tolist() == [[0, 1], [2, 0]]
+
+
+def test_samples_are_windows_with_a_valid_pixel() -> None:
+    mean, truth, valid, block = fields()
+    valid[0, 1:] = False
+    assert sums((mean, truth, valid, block))["samples"].tolist() == [[2, 1, 1, 1], [2] * 4, [2] * 4]
+
+
+def cosines(*batches: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Their sum and the number of frames, everything pooled."""
+    metric = Cosine(scope())
+    for mean, truth, valid, block in batches:
+        metric.update(Forecast(mean), truth, valid, block)
+    return metric.cosine_sum.sum().numpy(), metric.cosine_frames.sum().numpy()
+
+
+def test_cosine_is_the_mean_over_frames_of_hko7() -> None:
+    """On HKO-7's pixels, (dBZ + 10) / 70, frame by frame."""
+    mean, truth, valid, block = fields()
+    mean, truth = mean.clamp_min(-10), truth.clamp_min(-10)
+    f, o = (np.where(valid, (field.double().numpy() + 10) / 70, 0) for field in (mean, truth))
+    by_frame = [
+        np.dot(x.ravel(), y.ravel()) / np.sqrt((x**2).sum() * (y**2).sum())
+        for x, y in zip(f.reshape(24, -1), o.reshape(24, -1), strict=True)
+    ]
+    assert float(cosine(*cosines((mean, truth, valid, block)))) == pytest.approx(np.mean(by_frame), abs=1e-10)
+
+
+def test_cosine_of_empty_frames() -> None:
+    """Both empty: not counted. One empty: 0."""
+    mean, truth, valid, block = fields()
+    empty = torch.full_like(mean, -10.0)
+    assert np.isnan(cosine(*cosines((empty, empty, valid, block))))
+    assert float(cosine(*cosines((empty, truth, valid, block)))) == 0
+    assert float(cosine(*cosines((truth, truth, valid, block), (empty, empty, valid, block)))) == pytest.approx(1)
 
 
 def test_sums_stay_in_float64() -> None:
     """Whatever Lightning's precision plugins call on the module that holds the metric."""
     owner = torch.nn.Module()
-    owner.metric = Continuous(steps=4, blocks=3)
+    owner.metric = Continuous(scope())
     owner.linear = torch.nn.Linear(1, 1)
     mean, truth, valid, block = fields()
     owner.metric.update(Forecast(mean), truth, valid, block)

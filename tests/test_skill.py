@@ -1,8 +1,8 @@
-"""Skill: labels, pools, the table, the CSV, and one answer from any number of processes."""
+"""Skill: labels, pools, names, and one answer from any number of processes."""
 
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,28 @@ import pytest
 import torch
 import torch.distributed
 import xarray as xr
-from rich.console import Console
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from forecast.batch import Forecast
-from forecast.skill import Skill, derive, tables, to_csv
+from forecast.errors import UserError
+from forecast.metrics.contingency import Contingency
+from forecast.metrics.continuous import Continuous, Cosine
+from forecast.metrics.metric import AdditiveMetric, Scope
+from forecast.metrics.neighbourhood import Fractions, PooledContingency
+from forecast.skill import Skill, catalogue, columns, derive
 from forecast.units import Quantity
 
 QUANTITY = Quantity("equivalent_reflectivity_factor", "radar reflectivity", "dBZ", (20.0, 35.0), floor=-10.0)
 MODELS = ("convlstm.v2", "persistence")  # a name with a dot, which no ModuleDict takes
 SAMPLES, STEPS, BLOCKS = 8, 5, 4
+METRICS: Mapping[str, Callable[[Scope], AdditiveMetric]] = {
+    "continuous": Continuous,
+    "contingency": Contingency,
+    "fractions": partial(Fractions, scales=(1, 2, 4)),
+    "pooled": partial(PooledContingency, pools=(2,)),
+    "cosine": Cosine,
+}
 
 
 def windows() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
@@ -36,7 +47,7 @@ def windows() -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
 
 def skill(blocks: int = BLOCKS, cadence: int | None = 600, part: slice = slice(None)) -> Skill:
     """After an update with the samples in `part`."""
-    scores = Skill(MODELS, QUANTITY, STEPS, blocks, cadence)
+    scores = Skill(MODELS, Scope(QUANTITY, STEPS, blocks), cadence, METRICS)
     forecasts, truth, valid, block = windows()
     for model, mean in forecasts.items():
         scores.update(model, Forecast(mean[part]), truth[part], valid[part], block[part].clamp(max=blocks - 1))
@@ -45,9 +56,18 @@ def skill(blocks: int = BLOCKS, cadence: int | None = 600, part: slice = slice(N
 
 def test_dataset_is_labelled() -> None:
     dataset = skill().dataset()
-    assert dict(dataset.sizes) == {"model": 2, "block": BLOCKS, "lead_time": STEPS, "threshold": 2}
+    assert dict(dataset.sizes) == {
+        "model": 2,
+        "block": BLOCKS,
+        "lead_time": STEPS,
+        "threshold": 2,
+        "scale": 3,
+        "pool": 1,
+    }
     assert dataset["csi"].dims == ("model", "lead_time", "threshold")
     assert dataset["hits"].dims == ("model", "block", "lead_time", "threshold")
+    assert dataset["fss"].dims == ("model", "lead_time", "threshold", "scale")
+    assert dataset["scale"].attrs["units"] == dataset["pool"].attrs["units"] == "pixels"
     assert dataset["pixels"].dtype == np.int64
     assert list(dataset["lead_time"].values) == [10.0, 20.0, 30.0, 40.0, 50.0]
     assert dataset["lead_time"].attrs["units"] == "min"
@@ -55,7 +75,7 @@ def test_dataset_is_labelled() -> None:
     assert dataset["mse"].attrs["units"] == "(dBZ)^2"
     assert all({"long_name", "units"} <= set(dataset[name].attrs) for name in dataset.data_vars)
     assert "long_name" in dataset["model"].attrs
-    assert {"quantity", "events", "pooling"} <= set(dataset.attrs)
+    assert {"quantity", "events", "pooled", "mean_over_leads"} <= set(dataset.attrs)
 
 
 def test_without_cadence_frames_are_counted() -> None:
@@ -84,7 +104,8 @@ def test_derive_keeps_what_was_not_pooled() -> None:
 def test_summary_pools_lead_times_and_blocks() -> None:
     scores = skill()
     numbers = scores.summary("persistence")
-    assert list(numbers) == ["mse", "mae", "csi_20", "csi_35", "bias_20", "bias_35"]
+    assert list(numbers)[:6] == ["mse", "mae", "csi_20", "csi_35", "bias_20", "bias_35"]
+    assert {"fss_20_1px", "fss_35_4px", "csi_pooled_35_2px"} <= set(numbers)
     forecasts, truth, valid, block = windows()
     scored = valid & (block >= 0)[:, None, None, None, None]
     f, o = forecasts["persistence"][scored].double(), truth[scored].double()
@@ -100,18 +121,78 @@ def test_summary_pools_lead_times_and_blocks() -> None:
 def test_curves_are_the_scores_of_the_dataset_by_name(cadence: int | None, labels: list[str]) -> None:
     scores = skill(cadence=cadence)
     curves = scores.curves("persistence")
-    assert list(curves)[:2] == [f"csi_20/{label}" for label in labels]
-    assert len(curves) == 2 * 2 * STEPS
+    assert [name for name in curves if name.startswith("csi_20/")][:2] == [f"csi_20/{label}" for label in labels]
     dataset = scores.dataset().sel(model="persistence")
-    for name, score in (("csi", "csi"), ("bias", "frequency_bias")):
-        for threshold in (20, 35):
-            logged = [value for key, value in curves.items() if key.startswith(f"{name}_{threshold}/")]
-            assert logged == dataset[score].sel(threshold=threshold).values.tolist()
+    logged = {"csi_20": dataset["csi"][:, 0], "bias_35": dataset["frequency_bias"][:, 1], "mse": dataset["mse"]}
+    for name, score in (logged | {"fss_35_4px": dataset["fss"][:, 1, 2]}).items():
+        assert [value for key, value in curves.items() if key.startswith(f"{name}/")] == score.values.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
+def test_names_are_known_before_any_data() -> None:
+    scores = skill()
+    empty = Skill(MODELS, Scope(QUANTITY, STEPS, BLOCKS), 600, METRICS)
+    assert empty.names() == [*scores.summary("persistence"), *scores.curves("persistence")]
+    assert {"csi_20", "bias_35", "csi_20/30min", "fss_20_2px/50min", "mae/10min"} <= set(empty.names())
+
+
+def test_every_pool_equals_the_scores_of_all_its_pixels_together() -> None:
+    """Blocks 0 and 2 at the last three lead times, by packages that see the pixels themselves."""
+    categorical = pytest.importorskip("scores.categorical", reason="scores is a development dependency")
+    continuous = pytest.importorskip("scores.continuous", reason="scores is a development dependency")
+    spatial = pytest.importorskip("pysteps.verification.spatialscores", reason="pysteps is an extra")
+    pool = derive(skill().dataset().isel(block=[0, 2], lead_time=slice(2, None)).sum(["block", "lead_time"]))
+    forecasts, truth, valid, block = windows()
+    rows = (block == 0) | (block == 2)
+    f, o, v = (x[rows][:, 2:] for x in (forecasts["persistence"], truth, valid))
+    ours = pool.sel(model="persistence")
+    pixels = [xr.DataArray(x[v].double().numpy(), dims="pixel") for x in (f, o)]
+    for name in ("mse", "mae", "mean_error"):
+        assert float(ours[name]) == pytest.approx(float(getattr(continuous, name)(*pixels)), abs=1e-10)
+    events = categorical.ThresholdEventOperator(default_event_threshold=35).make_contingency_manager(*pixels)
+    for name, theirs in (("csi", "threat_score"), ("sedi", "symmetric_extremal_dependence_index")):
+        assert float(ours[name].sel(threshold=35)) == pytest.approx(float(getattr(events, theirs)()), abs=1e-10)
+    sums = spatial.fss_init(35, 4)
+    for one, other in zip(*(torch.where(v, x, -10).double().flatten(0, 2).numpy() for x in (f, o)), strict=True):
+        spatial.fss_accum(sums, one, other)
+    assert float(ours["fss"].sel(threshold=35, scale=4)) == pytest.approx(spatial.fss_compute(sums), abs=1e-10)
+
+
+def test_sums_that_are_not_there_are_scores_that_are_not_there() -> None:
+    """As in a skill.nc of an earlier version."""
+    dataset = skill().dataset()
+    older = dataset.drop_vars(["samples", "cosine_frames", *(name for name in dataset if "fractions" in str(name))])
+    scores = derive(older.sum("block"))
+    assert not {"fss", "cosine"} & set(scores)
+    xr.testing.assert_identical(scores, derive(dataset.sum("block"))[list(scores)])
+    assert {"mse", "csi", "csi_pooled"} <= set(scores)
+
+
+def test_every_score_that_a_metric_declares_is_derived() -> None:
+    declared = [name for metric in skill().metrics("persistence") for name in metric.SCORES]
+    derived = derive(skill().dataset())
+    assert list(derived) == declared
+    assert set(declared) <= set(catalogue())
+
+
+def test_scores_are_taken_apart_by_threshold_and_scale() -> None:
+    scores = derive(skill().dataset().sum("block"))
+    assert list(columns(scores["mse"])) == [""]
+    assert list(columns(scores["csi"])) == ["_20", "_35"]
+    assert list(columns(scores["fss"])) == [f"_{t}_{s}px" for t in (20, 35) for s in (1, 2, 4)]
+    assert columns(scores["fss"])["_35_2px"].equals(scores["fss"].sel(threshold=35, scale=2, drop=True))
+    assert columns(scores["mse"].expand_dims(wavenumber=3)) == {}
+
+
+def test_a_metric_comes_once() -> None:
+    twice = {"fine": partial(Fractions, scales=(1,)), "coarse": partial(Fractions, scales=(8,))}
+    with pytest.raises(UserError, match="The metric fine is a Fractions, of which there can be only one"):
+        Skill(MODELS, Scope(QUANTITY, STEPS, BLOCKS), 600, twice)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method:UserWarning")
 def test_models_do_not_share_states() -> None:
-    scores = Skill(MODELS, QUANTITY, STEPS, BLOCKS, 600)
+    scores = Skill(MODELS, Scope(QUANTITY, STEPS, BLOCKS), 600, METRICS)
     forecasts, truth, valid, block = windows()
     scores.update("persistence", Forecast(forecasts["persistence"]), truth, valid, block)
     pixels = scores.dataset()["pixels"].sum(["block", "lead_time"])
@@ -128,7 +209,7 @@ def test_reset_forgets() -> None:
 
 
 def test_no_rain_at_all_is_nan_not_0() -> None:
-    scores = Skill(["dry"], QUANTITY, 1, 1, 300)
+    scores = Skill(["dry"], Scope(QUANTITY, 1, 1), 300, METRICS)
     dry = torch.full((1, 1, 1, 4, 4), -10.0)
     scores.update("dry", Forecast(dry), dry, torch.ones_like(dry, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
     dataset = scores.dataset().isel(model=0, lead_time=0)
@@ -158,45 +239,19 @@ def test_a_nan_forecast_spoils_its_own_lead_time_and_every_pool_with_it() -> Non
 
 def test_smallest_of_everything() -> None:
     """torchmetrics squeezes states of one element."""
-    scores = Skill(["one"], Quantity("x", "grey level", "1", (0.5,)), 1, 1, None)
+    metrics = {"continuous": Continuous, "contingency": Contingency}
+    scores = Skill(["one"], Scope(Quantity("x", "grey level", "1", (0.5,)), 1, 1), None, metrics)
     ones = torch.ones(1, 1, 1, 2, 2)
     scores.update("one", Forecast(ones), ones, ones.bool(), torch.zeros(1, dtype=torch.int64))
     assert scores.summary("one") == {"mse": 0.0, "mae": 0.0, "csi_0.5": 1.0, "bias_0.5": 1.0}
-    none = Skill(["one"], Quantity("x", "grey level", "1", ()), 1, 1, None)
+    none = Skill(["one"], Scope(Quantity("x", "grey level", "1", ()), 1, 1), None, METRICS)
     none.update("one", Forecast(ones), ones, ones.bool(), torch.zeros(1, dtype=torch.int64))
     assert none.summary("one") == {"mse": 0.0, "mae": 0.0}
-    assert to_csv(none.dataset()).splitlines()[0] == "model,lead_time_frames,mse,rmse,mae,mean_error,correlation"
-    assert [shown.row_count for shown in tables(none.dataset())] == [2]
+    assert none.names() == ["mse", "mae", "mse/frame1", "mae/frame1"]
 
 
 def test_states_are_no_part_of_a_checkpoint() -> None:
     assert skill().state_dict() == {}
-
-
-def test_table_sets_models_side_by_side() -> None:
-    dataset = skill().dataset()
-    values, *events = tables(dataset)
-    assert len(events) == dataset.sizes["threshold"]
-    console = Console(width=80, file=io.StringIO(), force_terminal=False)
-    for shown in (values, *events):
-        assert shown.row_count == (STEPS + 1) * len(MODELS)
-        console.print(shown)
-    text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    assert "35 dBZ" in text
-    assert f"{float(dataset['csi'].sel(model='persistence', lead_time=50, threshold=35)):.4g}" in text
-    for name in ("pod", "far", "hss", "frequency_bias"):
-        assert f"{float(dataset[name].sel(model='persistence', lead_time=50, threshold=35)):.4g}" in text
-    assert f"{float(dataset['mae'].sel(model='convlstm.v2').mean()):.4g}" in text
-
-
-def test_csv_has_a_row_per_model_and_lead_time() -> None:
-    dataset = skill().dataset()
-    head, *rows = [line.split(",") for line in to_csv(dataset).splitlines()]
-    assert head[:3] == ["model", "lead_time_min", "mse"]
-    assert {"csi_20", "csi_35", "frequency_bias_35", "correlation"} <= set(head)
-    assert [row[:2] for row in rows] == [[m, f"{lead}"] for m in MODELS for lead in (10, 20, 30, 40, 50)]
-    expected = float(dataset["csi"].sel(model="persistence", lead_time=20, threshold=35))
-    assert float(rows[6][head.index("csi_35")]) == pytest.approx(expected, rel=1e-6)
 
 
 def _rank(rank: int, folder: str, score: Callable[..., Any]) -> None:

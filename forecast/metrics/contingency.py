@@ -15,26 +15,16 @@ doi 10.1016/C2017-0-03921-6.
 Axes: B batch, S forecast frames, C channels, H W space.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
 
 from forecast.batch import Forecast
-
-Counts = TypeVar("Counts", NDArray[Any], xr.DataArray)
-
-
-def ratio(numerator: Counts, denominator: Counts) -> Counts:
-    """numerator / denominator, and NaN where the denominator is 0."""
-    # xarray leaves `where` without types.
-    quotient: Counts = numerator / xr.where(denominator != 0, denominator, np.nan)  # type: ignore[no-untyped-call]  # xarray has no types for it
-    return quotient
+from forecast.metrics.metric import AdditiveMetric, Counts, Score, Sum, by_frame, ratio, scored
 
 
 def csi(hits: Counts, misses: Counts, false_alarms: Counts) -> Counts:
@@ -63,6 +53,14 @@ def far(hits: Counts, false_alarms: Counts) -> Counts:
     return ratio(false_alarms, hits + false_alarms)
 
 
+def success_ratio(hits: Counts, false_alarms: Counts) -> Counts:
+    """Success ratio (precision): hits / (hits + false alarms) = 1 - FAR, 0 to 1, best 1.
+
+    Reference: Roebber (2009), Weather and Forecasting 24, 601, doi 10.1175/2008WAF2222159.1.
+    """
+    return ratio(hits, hits + false_alarms)
+
+
 def frequency_bias(hits: Counts, misses: Counts, false_alarms: Counts) -> Counts:
     """Events forecast per event observed: (hits + false alarms) / (hits + misses), 0 to infinity, best 1.
 
@@ -84,73 +82,133 @@ def hss(hits: Counts, misses: Counts, false_alarms: Counts, correct_negatives: C
     return ratio(2 * (a * d - b * c), (a + c) * (c + d) + (a + b) * (b + d))
 
 
-class Contingency(Metric):
-    """Counts of hits, misses, false alarms and correct negatives by block, lead time and threshold.
+def ets(hits: Counts, misses: Counts, false_alarms: Counts, correct_negatives: Counts) -> Counts:
+    """Equitable threat score (Gilbert skill score): CSI without the hits of chance, -1/3 to 1, best 1, chance 0.
 
-    A valid pixel whose forecast (or truth) is not a finite number is neither event nor non-event: it enters none of
-    the four counts, but `undefined`, and whoever reads scores off the counts must give NaN where that is not 0.
-    Otherwise a network that answers NaN would earn correct negatives.
+    With r = (hits + misses) (hits + false alarms) / n hits by chance among n pixels:
+    ETS = (hits - r) / (hits + misses + false alarms - r).
 
-    Args:
-        thresholds: of the events, in the units of the values.
-        steps: forecast frames, S.
-        blocks: number of rain events (or sequences).
+    Reference: Gilbert (1884), American Meteorological Journal 1, 166; Hogan et al. (2010), Weather and Forecasting 25,
+    710, doi 10.1175/2009WAF2222350.1.
     """
+    a, b, c, d = 1.0 * hits, 1.0 * false_alarms, 1.0 * misses, 1.0 * correct_negatives
+    chance = ratio((a + c) * (a + b), a + b + c + d)
+    return ratio(a - chance, a + b + c - chance)
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
 
-    hits: Tensor
-    """Int64 [block, lead, threshold], as the next three."""
-    misses: Tensor
-    false_alarms: Tensor
-    correct_negatives: Tensor
-    undefined: Tensor
-    """Int64 [block, lead]."""
+def peirce(hits: Counts, misses: Counts, false_alarms: Counts, correct_negatives: Counts) -> Counts:
+    """Peirce skill score (true skill statistic, Hanssen and Kuipers' discriminant), -1 to 1, best 1, chance 0.
 
-    def __init__(self, thresholds: Sequence[float], steps: int, blocks: int) -> None:
-        super().__init__()
-        self.thresholds = tuple(thresholds)
-        shape = (blocks, steps, len(self.thresholds))
-        for name in ("hits", "misses", "false_alarms", "correct_negatives"):
-            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("undefined", torch.zeros(shape[:2], dtype=torch.int64), dist_reduce_fx="sum")
+    Probability of detection less the false alarm rate: hits / (hits + misses) - false alarms / (false alarms + correct
+    negatives).
+
+    Reference: Peirce (1884), Science 4, 453, doi 10.1126/science.ns-4.93.453.b.
+    """
+    return pod(hits, misses) - ratio(false_alarms, false_alarms + correct_negatives)
+
+
+def sedi(hits: Counts, misses: Counts, false_alarms: Counts, correct_negatives: Counts) -> Counts:
+    """Symmetric extremal dependence index, for rare events: -1 to 1, best 1, chance 0.
+
+    With the hit rate H = hits / (hits + misses) and the false alarm rate F = false alarms / (false alarms + correct
+    negatives): SEDI = [ln F - ln H - ln(1 - F) + ln(1 - H)] / [ln F + ln H + ln(1 - F) + ln(1 - H)]. NaN where one of
+    the four counts is 0: a logarithm of 0 has no value, not even for a perfect forecast.
+
+    Reference: Ferro and Stephenson (2011), Weather and Forecasting 26, 699, doi 10.1175/WAF-D-10-05030.1.
+    """
+    log_h, log_not_h = _log(pod(hits, misses)), _log(ratio(misses, hits + misses))
+    none = false_alarms + correct_negatives
+    log_f, log_not_f = _log(ratio(false_alarms, none)), _log(ratio(correct_negatives, none))
+    return ratio(log_f - log_h - log_not_f + log_not_h, log_f + log_h + log_not_f + log_not_h)
+
+
+def _log(share: Counts) -> Counts:
+    """Natural logarithm, and NaN for 0."""
+    # xarray leaves `where` without types.
+    logarithm: Counts = np.log(xr.where(share > 0, share, np.nan))  # type: ignore[no-untyped-call]  # xarray has no types for it
+    return logarithm
+
+
+class Contingency(AdditiveMetric):
+    """Counts of hits, misses, false alarms and correct negatives by block, lead time and threshold."""
+
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "hits": Sum("events that were forecast", ("threshold",), dtype=torch.int64),
+        "misses": Sum("events that were not forecast", ("threshold",), dtype=torch.int64),
+        "false_alarms": Sum("forecast events that were none", ("threshold",), dtype=torch.int64),
+        "correct_negatives": Sum("pixels without event, and none forecast", ("threshold",), dtype=torch.int64),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {
+        "csi": Score("critical success index", best=1.0, heading="CSI", log="csi"),
+        "pod": Score("probability of detection", best=1.0, heading="POD"),
+        "far": Score("false alarm ratio", best=0.0, heading="FAR"),
+        "success_ratio": Score("success ratio", best=1.0),
+        "hss": Score("Heidke skill score", best=1.0, heading="HSS"),
+        "ets": Score("equitable threat score", best=1.0),
+        "peirce": Score("Peirce skill score", best=1.0),
+        "sedi": Score("symmetric extremal dependence index", best=1.0),
+        "frequency_bias": Score("frequency bias", best=1.0, heading="bias", log="bias"),
+    }
+
+    def coordinates(self) -> dict[str, xr.Variable]:
+        return {"threshold": self.scope.threshold}
 
     def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        """Count one batch.
+        _, defined = scored(forecast.mean, truth, valid, block)
+        counted = table(forecast.mean, truth, defined, self.scope.quantity.thresholds)
+        for name, values in zip(self.SUMS, counted, strict=True):
+            self.add(name, block, values)
 
-        Args:
-            forecast: its `mean` is scored, B S C H W in physical units.
-            truth: B S C H W, in the same units.
-            valid: B S C H W bool; other pixels are counted nowhere.
-            block: B int64, 0 to blocks-1; a sample of block -1 is padding and counted nowhere.
-        """
-        # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
-        mean = forecast.mean.to(truth.dtype)
-        valid = valid & (block >= 0)[:, None, None, None, None]
-        defined = valid & torch.isfinite(mean) & torch.isfinite(truth)
-        row = block.clamp_min(0)  # padding adds zeros to the first block
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        a, b, c, d = (counts[name] for name in ("hits", "false_alarms", "misses", "correct_negatives"))
+        return {
+            "csi": csi(a, c, b),
+            "pod": pod(a, c),
+            "far": far(a, b),
+            "success_ratio": success_ratio(a, b),
+            "hss": hss(a, c, b, d),
+            "ets": ets(a, c, b, d),
+            "peirce": peirce(a, c, b, d),
+            "sedi": sedi(a, c, b, d),
+            "frequency_bias": frequency_bias(a, c, b),
+        }
 
-        pixels = _count(defined)
-        self.undefined.index_add_(0, row, _count(valid) - pixels)
-        for index, threshold in enumerate(self.thresholds):
-            forecast_event = (mean >= threshold) & defined
-            truth_event = (truth >= threshold) & defined
-            hits = _count(forecast_event & truth_event)
-            misses = _count(truth_event) - hits
-            false_alarms = _count(forecast_event) - hits
-            self.hits[..., index].index_add_(0, row, hits)
-            self.misses[..., index].index_add_(0, row, misses)
-            self.false_alarms[..., index].index_add_(0, row, false_alarms)
-            self.correct_negatives[..., index].index_add_(0, row, pixels - hits - misses - false_alarms)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The counts by name, added up over all processes. (A state of one single element comes back as a scalar.)"""
-        names = ("hits", "misses", "false_alarms", "correct_negatives", "undefined")
-        return {name: getattr(self, name).clone() for name in names}
+def table(forecast: Tensor, truth: Tensor, defined: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
+    """Hits, misses, false alarms and correct negatives.
+
+    Args:
+        forecast, truth: B S C H W.
+        defined: B S C H W bool; other pixels are counted nowhere.
+        thresholds: P of them.
+
+    Returns:
+        B S P int64 each.
+    """
+
+    def count(f: Tensor, o: Tensor, known: Tensor) -> Tensor:
+        """F 3 (1 + P): pixels three times, then hits, events of the truth and events of the forecast."""
+        columns = [_count(known).expand(3, -1)]
+        # Minus infinity is no event, whatever the threshold.
+        f, o = (torch.where(known, values, -torch.inf) for values in (f, o))
+        for threshold in thresholds:
+            forecast_events, truth_events = events(f, threshold), events(o, threshold)
+            both = forecast_events * truth_events
+            columns.append(torch.stack([_count(one) for one in (both, truth_events, forecast_events)]))
+        return torch.stack(columns, 2).transpose(0, 1)
+
+    # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
+    counts = by_frame(count, forecast.to(truth.dtype), truth, defined)
+    pixels, (hits, observed, forecasts) = counts[:, :, 0, :1], counts[..., 1:].unbind(2)
+    return hits, observed - hits, forecasts - hits, pixels - observed - forecasts + hits
+
+
+def events(values: Tensor, threshold: float) -> Tensor:
+    """1 where a value is at or above the threshold, else 0, in float32: four times quicker than bool."""
+    return torch.ge(values, threshold, out=torch.empty_like(values, dtype=torch.float32))
 
 
 def _count(where: Tensor) -> Tensor:
-    """B S C H W bool -> B S int64."""
-    return where.flatten(2).sum(2)
+    """Zeros and ones, F C H W -> F int64: exact, since no row is longer than float32 counts."""
+    return where.sum(3).long().sum((1, 2))

@@ -1,7 +1,7 @@
 """Scores of the values themselves: mean squared and absolute error, mean error, correlation.
 
-All are read off sums over pixels that add up over batches, blocks and processes, so that a score of any pool of
-windows gives every valid pixel the same weight. f is the forecast, o the truth, n the number of valid pixels.
+All but the cosine are read off sums over pixels that add up over batches, blocks and processes, so that a score of any
+pool of windows gives every valid pixel the same weight. f is the forecast, o the truth, n the number of valid pixels.
 
 Reference: Wilks (2019), Statistical Methods in the Atmospheric Sciences, 4th ed., section 9.3,
 doi 10.1016/C2017-0-03921-6.
@@ -9,33 +9,19 @@ doi 10.1016/C2017-0-03921-6.
 Axes: B batch, S forecast frames, C channels, H W space.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torchmetrics import Metric
 
 from forecast.batch import Forecast
-from forecast.metrics.contingency import Counts, ratio
-
-SUMS = (
-    "error_sum",
-    "absolute_error_sum",
-    "squared_error_sum",
-    "forecast_sum",
-    "truth_sum",
-    "forecast_square_sum",
-    "truth_square_sum",
-    "product_sum",
-)
+from forecast.metrics.metric import AdditiveMetric, Counts, Score, Sum, by_frame, ratio, scored
 
 # Below this share of the mean square, a variance is rounding: 1e-6 of the values is some units in float32's last place.
 _CONSTANT = 1e-12
-
-_Self = TypeVar("_Self", bound="Continuous")
 
 
 def mse(squared_error_sum: Counts, pixels: Counts) -> Counts:
@@ -104,64 +90,95 @@ def _variance(mean_square: Counts, mean: Counts) -> Counts:
     return spread
 
 
-class Continuous(Metric):
-    """Sums over valid pixels by block and lead time, in float64 whatever the precision of the training.
+class Continuous(AdditiveMetric):
+    """Sums of errors, values, squares and products over the valid pixels; `Coverage` counts the pixels."""
 
-    A forecast that is not a finite number at a valid pixel makes the sums, and the scores read off them, NaN (or
-    infinite): it names itself.
-
-    Args:
-        steps: forecast frames, S.
-        blocks: number of rain events (or sequences).
-    """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = None
-
-    pixels: Tensor
-    """Int64 [block, lead], valid pixels."""
-
-    def __init__(self, steps: int, blocks: int) -> None:
-        super().__init__()
-        self.add_state("pixels", torch.zeros((blocks, steps), dtype=torch.int64), dist_reduce_fx="sum")
-        for name in SUMS:
-            self.add_state(name, torch.zeros((blocks, steps), dtype=torch.float64), dist_reduce_fx="sum")
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "error_sum": Sum("sum of forecast - truth", power=1),
+        "absolute_error_sum": Sum("sum of |forecast - truth|", power=1),
+        "squared_error_sum": Sum("sum of (forecast - truth)^2", power=2),
+        "forecast_sum": Sum("sum of the forecast", power=1),
+        "truth_sum": Sum("sum of the truth", power=1),
+        "forecast_square_sum": Sum("sum of forecast^2", power=2),
+        "truth_square_sum": Sum("sum of truth^2", power=2),
+        "product_sum": Sum("sum of forecast * truth", power=2),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {
+        "mse": Score("mean squared error", best=0.0, power=2, heading="MSE", log="mse"),
+        "rmse": Score("root mean squared error", best=0.0, power=1, heading="RMSE"),
+        "mae": Score("mean absolute error", best=0.0, power=1, heading="MAE", log="mae"),
+        "mean_error": Score("mean error", best=0.0, power=1),
+        "correlation": Score("Pearson correlation", best=1.0, heading="correlation"),
+    }
 
     def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        """Add one batch.
+        _, defined = scored(forecast.mean, truth, valid, block)
+        sums = by_frame(_moments, forecast.mean, truth, defined)
+        for name, values in zip(self.SUMS, sums.unbind(2), strict=True):
+            self.add(name, block, values)
 
-        Args:
-            forecast: its `mean` is scored, B S C H W in physical units.
-            truth: B S C H W, in the same units.
-            valid: B S C H W bool; other pixels add nothing.
-            block: B int64, 0 to blocks-1; a sample of block -1 is padding and adds nothing.
-        """
-        valid = valid & (block >= 0)[:, None, None, None, None]
-        row = block.clamp_min(0)  # padding adds zeros to the first block
-        # Chosen, not multiplied: NaN under the mask times 0 would be NaN.
-        f = torch.where(valid, forecast.mean.double(), 0.0).flatten(2)
-        o = torch.where(valid, truth.double(), 0.0).flatten(2)
-        error = f - o
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        n = counts["pixels"]
+        moments = ("forecast_sum", "truth_sum", "forecast_square_sum", "truth_square_sum", "product_sum")
+        return {
+            "mse": mse(counts["squared_error_sum"], n),
+            "rmse": rmse(counts["squared_error_sum"], n),
+            "mae": mae(counts["absolute_error_sum"], n),
+            "mean_error": mean_error(counts["error_sum"], n),
+            "correlation": correlation(n, *(counts[name] for name in moments)),
+        }
 
-        self.pixels.index_add_(0, row, valid.flatten(2).sum(2))
-        for name, values in zip(SUMS, (error, error.abs(), error * error, f, o, f * f, o * o, f * o), strict=True):
-            getattr(self, name).index_add_(0, row, values.sum(2))
 
-    def compute(self) -> dict[str, Tensor]:
-        """The sums by name, added up over all processes. (A state of one single element comes back as a scalar.)"""
-        return {name: getattr(self, name).clone() for name in ("pixels", *SUMS)}
+def _moments(forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
+    """F C H W each -> F 8, the sums of `Continuous`."""
+    f, o = _numbers(forecast, defined), _numbers(truth, defined)
+    error = f - o
+    terms = (error, error.abs(), error * error, f, o, f * f, o * o, f * o)
+    return torch.stack([term.sum(1) for term in terms], 1)
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> _Self:
-        """Move to another device, but never to another dtype.
 
-        torchmetrics withstands .half() and .float(), but not .to(dtype), which is what Lightning's "16-true" and
-        "bf16-true" call on the whole module: the sums of a test set do not fit into either.
-        """
+def _numbers(values: Tensor, defined: Tensor) -> Tensor:
+    """F C H W -> F N float64, 0 where not defined: chosen, not multiplied, since NaN times 0 is NaN."""
+    return torch.where(defined, values, 0.0).flatten(1).double()
 
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, exclude_state)
-        return self
+def cosine(cosine_sum: Counts, cosine_frames: Counts) -> Counts:
+    """Cosine of the angle between forecast and truth, the "correlation" of the ConvLSTM papers; 0 to 1, best 1.
+
+    The mean over frames of sum f o / sqrt(sum f^2 sum o^2), with f and o counted from the quantity's floor, which is what
+    HKO-7's pixels (dBZ + 10) / 70 do. Not centred: it is large wherever it rains a little everywhere. Each frame weighs the
+    same, as in the papers, so that figures compare. A frame where only one of the two is empty gives 0, as there; one where
+    both are is not counted.
+
+    Reference: Shi et al. (2015), arXiv 1506.04214, section 4.2.
+    """
+    return ratio(cosine_sum, cosine_frames)
+
+
+class Cosine(AdditiveMetric):
+    """Cosines of single frames, added up."""
+
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "cosine_sum": Sum("sum of the cosines of frames"),
+        "cosine_frames": Sum("frames with anything above the floor", dtype=torch.int64),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {"cosine": Score("cosine (uncentred correlation)", best=1.0)}
+
+    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+        _, defined = scored(forecast.mean, truth, valid, block)
+        floor = self.scope.quantity.floor
+
+        def cosines(forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
+            f, o = (_numbers(values - floor, defined) for values in (forecast, truth))
+            squares = (f * f).sum(1), (o * o).sum(1)
+            norm = (squares[0] * squares[1]).sqrt()
+            cosine = torch.where(norm > 0, (f * o).sum(1) / norm, 0.0)
+            return torch.stack([cosine, (squares[0] + squares[1] > 0).double()], 1)
+
+        for name, values in zip(self.SUMS, by_frame(cosines, forecast.mean, truth, defined).unbind(2), strict=True):
+            self.add(name, block, values)
+
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        return {"cosine": cosine(counts["cosine_sum"], counts["cosine_frames"])}

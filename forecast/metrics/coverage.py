@@ -1,0 +1,47 @@
+"""How much was scored: windows, valid pixels, and those that cannot be scored because a forecast is not a finite number.
+
+Axes: B batch, S forecast frames, C channels, H W space.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from forecast.batch import Forecast
+from forecast.metrics.metric import AdditiveMetric, Score, Sum, by_frame, scored
+
+
+class Coverage(AdditiveMetric):
+    """Part of every `Skill`: `pixels` is what means are divided by, and `undefined` spoils every score of its pool.
+
+    Otherwise a network that answers NaN would earn correct negatives.
+    """
+
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "pixels": Sum("valid pixels", dtype=torch.int64),
+        "undefined": Sum("valid pixels where the forecast or the truth is not a finite number", dtype=torch.int64),
+        "samples": Sum("windows with a valid pixel at this lead time", dtype=torch.int64),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {}
+
+    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+        counted, defined = scored(forecast.mean, truth, valid, block)
+        for part in (forecast.members, forecast.exceedance):
+            if part is not None:
+                defined = defined & torch.isfinite(part).all(1)
+        pixels = by_frame(_count, counted)
+        self.add("pixels", block, pixels)
+        self.add("undefined", block, pixels - by_frame(_count, defined))
+        self.add("samples", block, pixels > 0)
+
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        return {}
+
+
+def _count(where: Tensor) -> Tensor:
+    """F C H W bool -> F int64."""
+    return where.flatten(1).sum(1)

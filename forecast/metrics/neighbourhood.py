@@ -1,0 +1,211 @@
+"""Scores that forgive a displacement: the fractions skill score, and the critical success index of block maxima.
+
+A pixel is an event where its value is at or above the threshold. Missing pixels, and what lies beyond the border, are no
+events.
+
+Axes: B batch, S forecast frames, C channels, H W space; F images, which are B S C of them, one after another.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor
+
+from forecast.batch import Forecast
+from forecast.errors import UserError
+from forecast.metrics import contingency
+from forecast.metrics.metric import AdditiveMetric, Counts, Scope, Score, Sum, by_frame, ratio, scored
+
+_LARGEST = 181
+"""Pixels; the square of a larger window does not fit into the 16 bits that a count has."""
+
+
+def fss(difference: Counts, square: Counts) -> Counts:
+    """Fractions skill score: 1 - sum (Pf - Po)^2 / sum (Pf^2 + Po^2), 0 to 1, best 1; NaN where there is no event at all.
+
+    Pf and Po are the shares of events in a square window of n x n pixels around each pixel, of the forecast and of the
+    truth. Windows reach beyond the border, where there are no events; one of even n reaches a pixel further up and left.
+    Sums run over all pixels of all windows in time: counts of many fields are pooled before they are divided.
+
+    Reference: Roberts and Lean (2008), Mon. Weather Rev. 136, 78, doi 10.1175/2007MWR2123.1.
+    """
+    return 1 - ratio(difference, square)
+
+
+def useful_scale(score: xr.DataArray, frequency: xr.DataArray) -> xr.DataArray:
+    """The smallest scale that was computed with FSS >= 0.5 + f0 / 2, f0 the observed frequency of events; NaN without one.
+
+    Half way between a random forecast (f0) and a perfect one. Not interpolated between scales.
+
+    Args:
+        score: the FSS, with the axis scale.
+        frequency: f0, events per pixel.
+
+    Reference: Roberts and Lean (2008), Mon. Weather Rev. 136, 78, doi 10.1175/2007MWR2123.1.
+    """
+    useful = score >= 0.5 + frequency / 2
+    return score["scale"].astype(float).where(useful).min("scale")
+
+
+class Fractions(AdditiveMetric):
+    """Sums of squared differences of the shares of events in windows, by threshold and scale.
+
+    The shares are counts in whole numbers, so that each sum over an image is exact.
+
+    Args:
+        scope: what is scored; missing pixels hold no event, in the forecast and in the truth.
+        scales: sides of the windows in pixels.
+
+    Raises:
+        UserError: a scale below 1 or above 181 pixels, or one twice.
+    """
+
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "fractions_difference": Sum("sum of (forecast share - true share)^2", ("threshold", "scale")),
+        "fractions_square": Sum("sum of forecast share^2 + true share^2", ("threshold", "scale")),
+        "observed_events": Sum("events in the truth", ("threshold",), dtype=torch.int64),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {
+        "fss": Score("fractions skill score", best=1.0, heading="FSS", log="fss"),
+        "fss_useful_scale": Score("smallest useful scale by the fractions skill score", units="pixels"),
+    }
+
+    def __init__(self, scope: Scope, scales: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> None:
+        self.scales = _sizes("scales", scales, _LARGEST)
+        super().__init__(scope)
+
+    def coordinates(self) -> dict[str, xr.Variable]:
+        about = {"long_name": "side of the window", "units": "pixels"}
+        return {"threshold": self.scope.threshold, "scale": xr.Variable("scale", np.asarray(self.scales), about)}
+
+    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+        _, defined = scored(forecast.mean, truth, valid, block)
+        sums = by_frame(self._sums, forecast.mean.to(truth.dtype), truth, defined)
+        d, s = sums[..., :-1].unflatten(-1, (len(self.scales), 2)).unbind(-1)
+        pixels = torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 2
+        self.add("fractions_difference", block, d / pixels**2)
+        # f^2 + o^2 = (d^2 + s^2) / 2, for d = f - o and s = f + o
+        self.add("fractions_square", block, (d + s) / 2 / pixels**2)
+        self.add("observed_events", block, sums[..., -1])
+
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        score = fss(counts["fractions_difference"], counts["fractions_square"])
+        frequency = ratio(counts["observed_events"], counts["pixels"])
+        return {"fss": score, "fss_useful_scale": useful_scale(score, frequency)}
+
+    def _sums(self, forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
+        """F C H W each -> F P (scales x 2 + 1): the sums of `_windows`, and the events of the truth."""
+        # Minus infinity is no event, whatever the threshold.
+        f, o = (torch.where(defined, values, -torch.inf).flatten(0, 1) for values in (forecast, truth))
+        thresholds = self.scope.quantity.thresholds
+        sums = f.new_zeros((len(f), len(thresholds), 2 * len(self.scales) + 1), dtype=torch.float64)
+        for column, threshold in enumerate(thresholds):
+            forecast_events, truth_events = contingency.events(f, threshold), contingency.events(o, threshold)
+            observed = truth_events.sum(2).double().sum(1)
+            # An image without events adds nothing, and costs nothing more.
+            some = (forecast_events.sum((1, 2)) + observed).nonzero().flatten()
+            if len(some) < len(f):
+                forecast_events, truth_events = forecast_events[some], truth_events[some]
+            if len(some):
+                sums[some, column, :-1] = self._windows(forecast_events, truth_events)
+                sums[:, column, -1] = observed
+        return sums.unflatten(0, truth.shape[:2]).sum(1)
+
+    def _windows(self, forecast: Tensor, truth: Tensor) -> Tensor:
+        """Sums over all windows, in whole numbers.
+
+        Args:
+            forecast, truth: zeros and ones, F H W.
+
+        Returns:
+            F (scales x 2): of (f - o)^2 and (f + o)^2, with f and o the events in a window.
+        """
+        height, width = truth.shape[1:]
+        before = max(self.scales) // 2 + 1
+        after = max(0, max(self.scales) - before)
+        # Both fields in one: d = forecast - truth in the upper 16 bits, s = forecast + truth in the lower ones. Sums over
+        # an image overflow and wrap around; their differences, which are sums over windows, come out whole.
+        d, s = forecast - truth, forecast + truth
+        packed = F.pad(torch.add(s, d, alpha=1 << 16).int(), (before, after, before, after))
+        integral = packed.cumsum(2, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+        sums = []
+        for scale in self.scales:
+            low = before - scale // 2 - 1
+            high = low + scale
+            rows = integral[:, high : high + height] - integral[:, low : low + height]
+            window = rows[:, :, high : high + width] - rows[:, :, low : low + width]
+            # Whole numbers below 2^24 are exact in float32, and those below 2^53 in float64.
+            exact = torch.float32 if width * (2 * scale**2) ** 2 <= 2**24 else torch.float64
+            for part in (window >> 16, window & 0xFFFF):
+                sums.append(part.to(exact).square_().sum(2).double().sum(1))
+        return torch.stack(sums, 1)
+
+
+class PooledContingency(AdditiveMetric):
+    """Counts of hits, misses and false alarms of block maxima, as in the papers on generative nowcasting.
+
+    Forecast and truth are replaced by their maxima over blocks of pool x pool pixels that do not overlap (stride = pool);
+    blocks that the border cuts stay, smaller. A block counts if any of its pixels does.
+
+    Args:
+        scope: what is scored.
+        pools: sides of the blocks in pixels.
+
+    Raises:
+        UserError: a pool below 1 pixel, or one twice.
+
+    Reference: Gao et al. (2023), PreDiff, arXiv 2307.10422, CSI-pool4 and CSI-pool16; after the pooled scores of Ravuri et
+    al. (2021), Nature 597, 672, doi 10.1038/s41586-021-03854-z.
+    """
+
+    SUMS: ClassVar[Mapping[str, Sum]] = {
+        "pooled_hits": Sum("blocks with an event that was forecast", ("threshold", "pool"), dtype=torch.int64),
+        "pooled_misses": Sum("blocks with an event not forecast", ("threshold", "pool"), dtype=torch.int64),
+        "pooled_false_alarms": Sum("blocks forecast with an event, without", ("threshold", "pool"), dtype=torch.int64),
+    }
+    SCORES: ClassVar[Mapping[str, Score]] = {
+        "csi_pooled": Score("critical success index of block maxima", best=1.0, log="csi_pooled"),
+        "frequency_bias_pooled": Score("frequency bias of block maxima", best=1.0),
+    }
+
+    def __init__(self, scope: Scope, pools: Sequence[int] = (4, 16)) -> None:
+        self.pools = _sizes("pools", pools)
+        super().__init__(scope)
+
+    def coordinates(self) -> dict[str, xr.Variable]:
+        about = {"long_name": "side of the blocks", "units": "pixels"}
+        return {"threshold": self.scope.threshold, "pool": xr.Variable("pool", np.asarray(self.pools), about)}
+
+    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+        _, defined = scored(forecast.mean, truth, valid, block)
+        f = torch.where(defined, forecast.mean.to(truth.dtype), -torch.inf).flatten(0, 1)
+        o = torch.where(defined, truth, -torch.inf).flatten(0, 1)
+        by_pool = []
+        for pool in self.pools:
+            highest_f, highest_o = (F.max_pool2d(x, pool, ceil_mode=True).unflatten(0, truth.shape[:2]) for x in (f, o))
+            counted = torch.isfinite(highest_o)
+            by_pool.append(contingency.table(highest_f, highest_o, counted, self.scope.quantity.thresholds)[:3])
+        for name, values in zip(self.SUMS, zip(*by_pool, strict=True), strict=True):
+            self.add(name, block, torch.stack(values, -1))
+
+    @classmethod
+    def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
+        a, c, b = (counts[name] for name in cls.SUMS)
+        return {
+            "csi_pooled": contingency.csi(a, c, b),
+            "frequency_bias_pooled": contingency.frequency_bias(a, c, b),
+        }
+
+
+def _sizes(name: str, sizes: Sequence[int], largest: int | None = None) -> tuple[int, ...]:
+    """Sides in pixels, ascending."""
+    whole = all(isinstance(size, int) and size >= 1 and size <= (largest or size) for size in sizes)
+    if not sizes or not whole or len(set(sizes)) != len(sizes):
+        limit = "1 or more" if largest is None else f"1 to {largest}"
+        raise UserError(f"{name} are different whole numbers of pixels, {limit}; received {list(sizes)}.")
+    return tuple(sorted(sizes))
