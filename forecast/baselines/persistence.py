@@ -39,10 +39,14 @@ class Persistence(nn.Module):
     ) -> Forecast:
         """Forecast `steps` frames; see `forecast.forecaster.Forecaster`. Members, where wanted, are all the same."""
         past, valid = past[:, :, : self.channels], valid[:, :, : self.channels]
-        frames = past.shape[1]
-        index = torch.arange(frames, device=past.device).view(1, frames, 1, 1, 1)
-        latest = torch.where(valid, index, -1).amax(dim=1, keepdim=True)
-        latest = torch.where(latest < 0, frames - 1, latest)
-        mean = past.gather(1, latest).expand(-1, steps, -1, -1, -1)
+        mean = latest(past, valid).expand(-1, steps, -1, -1, -1)
         # Equal members make the CRPS of this forecast its absolute error, as it should be.
         return Forecast(mean, mean[:, None].expand(-1, members, -1, -1, -1, -1) if members else None)
+
+
+def latest(past: Tensor, valid: Tensor) -> Tensor:
+    """The most recent valid value of each pixel, or what the last frame holds where there is none: B 1 C H W."""
+    frames = past.shape[1]
+    index = torch.arange(frames, device=past.device).view(1, frames, 1, 1, 1)
+    chosen = torch.where(valid, index, -1).amax(dim=1, keepdim=True)
+    return past.gather(1, torch.where(chosen < 0, frames - 1, chosen))
