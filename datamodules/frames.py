@@ -1,10 +1,12 @@
 """What every datamodule of stormcell has: three splits of windows, dealt by our own sampler as whole batches."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import lightning.pytorch as pl
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import BatchSampler, Draw
@@ -20,17 +22,20 @@ class Windows(Protocol):
     """The windows of one split."""
 
     blocks: int
-    """Number of rain events (or sequences): `Batch.block` runs from 0 to blocks-1."""
+    """Number of rain events (or groups of sequences): `Batch.block` runs from 0 to blocks-1."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, draw: Draw) -> Batch: ...
 
+    def issue_times(self) -> NDArray[np.int64]:
+        """`Batch.time` of each window, in their order, without reading a frame."""
+
 
 class FrameData(pl.LightningDataModule):
     """A Lightning datamodule that deals `Batch`, and knows what its numbers mean.
 
-    A subclass sets the attributes below by the end of `setup` and answers `windows(split)`.
+    A subclass sets the attributes below by the end of `setup` and answers `windows(split)` and `terms(split)`.
 
     Args:
         past: frames given, T.
@@ -80,12 +85,26 @@ class FrameData(pl.LightningDataModule):
     def windows(self, split: Split) -> Windows:
         """The windows of that split; the same object at each call."""
 
+    @abstractmethod
+    def terms(self, split: Split) -> dict[str, Any]:
+        """What is scored in that split, as plain values by name: equal where scores may stand side by side.
+
+        What a model is given (past frames, static fields, training data) is none of it.
+        """
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Frames:
         """Decodes a batch on the device: packed numbers travel, physical values do not."""
         past, known = self.quantity.decode(batch.past)
         truth, valid = self.quantity.decode(batch.future)
         valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
         return Frames(past, known, truth, valid, batch.static, batch.time, batch.block, batch.first)
+
+    def decoded(self, split: Split, positions: Sequence[int]) -> Iterator[Frames]:
+        """Those windows of a split in that order, decoded, `batch_size` at a time and the rest at last: no padding."""
+        windows = self.windows(split)
+        for first in range(0, len(positions), self.batch_size):
+            part = tuple(positions[first : first + self.batch_size])
+            yield self.on_after_batch_transfer(windows[Draw(0, part)], 0)
 
     def references(self) -> Mapping[str, Any]:
         """Forecasters that only this data can offer (an oracle that knows how the frames were made), by name."""

@@ -6,7 +6,7 @@ Axes: B batch, N digits on a canvas, L frames of a sequence, T past frames, S fo
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,13 +25,17 @@ from forecast.units import Grid, Linear, Quantity
 FRAMES = Quantity(name="intensity", long_name="pixel intensity", units="1", thresholds=(0.5,), scale=1 / 255)
 
 
+MOST_BLOCKS = 100
+"""Groups of sequences that can be told apart in the scores: one for each of 10,000 would make them large for nothing."""
+
+
 def bounce(position: NDArray[np.float64], span: float) -> NDArray[np.float64]:
     """Straight motion, folded back and forth between 0 and `span`: reflection at two walls."""
     return span - np.abs(np.mod(position, 2 * span) - span)
 
 
 def deal(frames: NDArray[np.uint8], positions: NDArray[np.int64], past: int) -> Batch:
-    """The batch of those frames, B L H W; each sequence is its own block, and `PADDING` among the positions is none."""
+    """The batch of those frames, B L H W; every `MOST_BLOCKS`-th sequence shares a block, and `PADDING` has none."""
     packed = torch.from_numpy(frames).unsqueeze(2)
     sequence = torch.from_numpy(positions)
     return Batch(
@@ -39,7 +43,7 @@ def deal(frames: NDArray[np.uint8], positions: NDArray[np.int64], past: int) -> 
         future=packed[:, past:],
         static=torch.zeros(len(positions), 0, *packed.shape[-2:]),
         time=sequence.clamp_min(0),
-        block=torch.where(sequence == PADDING, -1, sequence),
+        block=torch.where(sequence == PADDING, -1, sequence % MOST_BLOCKS),
         first=torch.ones(len(positions), dtype=torch.bool),
     )
 
@@ -85,7 +89,8 @@ class MovingDigits:
         fresh: bool,
     ) -> None:
         self.images = images
-        self.blocks = sequences
+        self.length = sequences
+        self.blocks = min(sequences, MOST_BLOCKS)
         self.past = past
         self.future = future
         self.size = size
@@ -98,13 +103,17 @@ class MovingDigits:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the images and all that makes sequences of them, except the seed."""
-        drawn = (self.split, self.blocks, self.past, self.future, self.size, self.digits, self.speed, self.fresh)
+        drawn = (self.split, self.length, self.past, self.future, self.size, self.digits, self.speed, self.fresh)
         result = hashlib.blake2b(json.dumps([*drawn, self.images.shape]).encode(), digest_size=8)
         result.update(np.ascontiguousarray(self.images).data)
         return result.hexdigest()
 
     def __len__(self) -> int:
-        return self.blocks
+        return self.length
+
+    def issue_times(self) -> NDArray[np.int64]:
+        """The number of each sequence: its frames have no time."""
+        return np.arange(self.length)
 
     def __getitem__(self, draw: Draw) -> Batch:
         positions = np.array(draw.positions)
@@ -258,6 +267,18 @@ class MovingDigitsData(FrameData):
         self.setup()
         splits = "".join(self._windows[split].fingerprint for split in SPLITS)
         return hashlib.blake2b(splits.encode(), digest_size=8).hexdigest()
+
+    def terms(self, split: Split) -> dict[str, Any]:
+        """The sequences, from which of their frames on they are forecast, and how they were made, where they were."""
+        windows = self.windows(split)
+        made = {"digits": self.digits, "digit_size": self.digit_size, "speed": list(self.speed)}
+        return {
+            "archive": windows.fingerprint,
+            "windows": len(windows),
+            "events": windows.blocks,
+            "first_frame": self.past,
+            **(made if isinstance(windows, MovingDigits) else {}),
+        }
 
     def references(self) -> Mapping[str, Oracle]:
         test = self._windows["test"]

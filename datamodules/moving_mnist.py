@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from datamodules.frames import Split
-from datamodules.moving_digits import MovingDigitsData, deal
+from datamodules.moving_digits import MOST_BLOCKS, MovingDigitsData, deal
 from datamodules.sampler import Draw
 from forecast.batch import Batch
 from forecast.errors import UserError
@@ -98,7 +98,8 @@ class RecordedDigits:
 
     def __init__(self, path: Path, sequences: int, *, past: int, future: int, size: int) -> None:
         self.path = path
-        self.blocks = sequences
+        self.length = sequences
+        self.blocks = min(sequences, MOST_BLOCKS)
         self.past = past
         self.future = future
         try:
@@ -126,13 +127,17 @@ class RecordedDigits:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the frames that are dealt, read one time step after another."""
-        result = hashlib.blake2b(f"{self.past} {self.future} {self.blocks}".encode(), digest_size=8)
-        for frames in self._open()[: self.past + self.future, : self.blocks]:
+        result = hashlib.blake2b(f"{self.past} {self.future} {self.length}".encode(), digest_size=8)
+        for frames in self._open()[: self.past + self.future, : self.length]:
             result.update(np.ascontiguousarray(frames).data)
         return result.hexdigest()
 
     def __len__(self) -> int:
-        return self.blocks
+        return self.length
+
+    def issue_times(self) -> NDArray[np.int64]:
+        """The number of each sequence: its frames have no time."""
+        return np.arange(self.length)
 
     def __getitem__(self, draw: Draw) -> Batch:
         positions = np.array(draw.positions)
@@ -240,4 +245,4 @@ class MovingMNISTData(MovingDigitsData):
         )
         super().setup(stage)
         self._windows["test"] = recorded
-        rank_zero_info(f"The test split is the first {recorded.blocks} sequences of {self.test_file}.")
+        rank_zero_info(f"The test split is the first {len(recorded)} sequences of {self.test_file}.")

@@ -3,11 +3,12 @@
 Axes: K static fields, H W space.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class RadarData(FrameData):
         stride: frames between the starts of training windows.
         eval_stride: the same for validation and test; none is `future`, so that a frame is forecast once.
         crop: pixels on a side of the squares cut from training windows, at random places; none is the whole frame.
+        crop_draws: places drawn for each of those, of which the wettest is taken; 1 is none but chance.
         eval_crop: the same for validation and test, in the middle of the frame.
         static: variables of the archive over y and x alone, given to the network standardised.
     """
@@ -84,6 +86,7 @@ class RadarData(FrameData):
         stride: int = 1,
         eval_stride: int | None = None,
         crop: int | None = None,
+        crop_draws: int = 1,
         eval_crop: int | None = None,
         static: Sequence[str] = (),
     ) -> None:
@@ -91,7 +94,7 @@ class RadarData(FrameData):
         if not archive:
             raise UserError("data.archive is not set; give the path of a NetCDF file or a Zarr directory, or several.")
         strides = {"stride": stride, "eval_stride": future if eval_stride is None else eval_stride}
-        for name, value in (*strides.items(), ("crop", crop), ("eval_crop", eval_crop)):
+        for name, value in (*strides.items(), ("crop", crop), ("crop_draws", crop_draws), ("eval_crop", eval_crop)):
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
         self.paths = (archive,) if isinstance(archive, str) else tuple(archive)
@@ -110,7 +113,7 @@ class RadarData(FrameData):
             "test": strides["eval_stride"],
         }
         self.crops: Mapping[Split, Crop] = {
-            "train": Crop(crop, seed),
+            "train": Crop(crop, seed, crop_draws),
             "validation": Crop(eval_crop),
             "test": Crop(eval_crop),
         }
@@ -127,7 +130,7 @@ class RadarData(FrameData):
         self.transform = self.given_transform or default_transform(self.quantity)
         self.cadence = self._cadence(archives)
         self._check_sizes(archives)
-        self.grid = cropped(archives[0].grid, *self.crops["test"].place(archives[0].grid.size, 0, 0))
+        self.grid = cropped(archives[0].grid, *self.crops["test"].places(archives[0].grid.size, 0, 0)[0])
         fields = standardised([archive.fields(self.static) for archive in archives])
         times = np.concatenate([archive.times for archive in archives])
         intervals = split_times(times, self.split, self.guard_hours)
@@ -156,6 +159,21 @@ class RadarData(FrameData):
         """Of the archives, in order, and their static fields; not of how windows are cut from them."""
         self.setup()
         return self._fingerprint
+
+    def terms(self, split: Split) -> dict[str, Any]:
+        """The archives, and of which of them, when, and in which rain event forecasts are issued."""
+        windows = self.windows(split)
+        issues = windows.issue_times()
+        pairs = np.stack([windows.index.archive, issues, windows.index.block])
+        return {
+            "archive": fingerprint(windows.archives, self._known, [fields[:0] for fields in windows.fields]),
+            "windows": len(windows),
+            "events": windows.blocks,
+            "first_issue": utc(issues[0]),
+            "last_issue": utc(issues[-1]),
+            "stride": self.strides[split],
+            "issues": hashlib.blake2b(pairs.astype("<i8").tobytes(), digest_size=8).hexdigest(),
+        }
 
     def outline(self, split: Split) -> Outline:
         """What a split holds."""

@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from forecast.units import Grid, Quantity
 
 Packed = NDArray[Any]
 EVERYTHING = slice(None)
+WET = {"dBZ": 10.0, "mm/h": 0.1}
+"""A pixel with at least so much is wet."""
 
 
 class Archive:
@@ -86,6 +89,15 @@ class Archive:
         # Where there is no code for missing, every number differs from None.
         valid: NDArray[np.bool_] = np.isfinite(packed) if packed.dtype.kind == "f" else packed != self.quantity.missing
         return valid
+
+    def wet(self, packed: Packed) -> NDArray[np.bool_]:
+        """Which of the packed numbers were observed and are wet (`WET`)."""
+        scale, offset = self.quantity.scale, self.quantity.offset
+        # Thresholds are met within rounding: 0.1 is no binary fraction, and neither is its quotient by a scale.
+        edge = (WET[self.quantity.units] * (1 - 1e-6) - offset) / scale
+        rounded, is_wet = (ceil, np.greater_equal) if scale > 0 else (floor, np.less_equal)
+        wet: NDArray[np.bool_] = is_wet(packed, edge if packed.dtype.kind == "f" else rounded(edge))
+        return wet & self.valid(packed)
 
     def fields(self, names: Sequence[str]) -> NDArray[np.float32]:
         """Variables that do not change in time, decoded, K H W; NaN where they are missing.
@@ -180,18 +192,19 @@ class Crop(NamedTuple):
 
     size: int | None
     seed: int | None = None
+    draws: int = 1
+    """Places drawn, of which the wettest is taken."""
 
-    def place(self, frame: tuple[int, int], epoch: int, position: int) -> tuple[slice, slice]:
-        """Its rows and columns in a frame of H, W; a function of (seed, epoch, position)."""
+    def places(self, frame: tuple[int, int], epoch: int, position: int) -> list[tuple[slice, slice]]:
+        """The rows and columns of each draw in a frame of H, W; a function of (seed, epoch, position)."""
         if self.size is None:
-            return slice(0, frame[0]), slice(0, frame[1])
+            return [(slice(0, frame[0]), slice(0, frame[1]))]
         room = [length - self.size for length in frame]
-        if self.seed is None:
-            corner = [free // 2 for free in room]
-        else:
+        corners = [[free // 2 for free in room]]
+        if self.seed is not None:
             random = np.random.default_rng([self.seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, position])
-            corner = random.integers(0, room, endpoint=True).tolist()
-        return slice(corner[0], corner[0] + self.size), slice(corner[1], corner[1] + self.size)
+            corners = random.integers(0, room, size=(self.draws, 2), endpoint=True).tolist()
+        return [(slice(y, y + self.size), slice(x, x + self.size)) for y, x in corners]
 
 
 class RadarWindows:
@@ -224,8 +237,15 @@ class RadarWindows:
             window = max(position, 0)  # padding shows the first window, and its block says that it counts for nothing
             number, start = int(self.index.archive[window]), int(self.index.start[window])
             archive = self.archives[number]
-            rows, columns = self.crop.place(archive.grid.size, draw.epoch, window)
-            frames.append(archive.read(slice(start, start + self.past + self.future), rows, columns))
+            places = self.crop.places(archive.grid.size, draw.epoch, window)
+            rows, columns = places[0]
+            span = slice(start, start + self.past + self.future)
+            if len(places) == 1:
+                frames.append(archive.read(span, rows, columns))
+            else:
+                whole = archive.read(span)
+                rows, columns = max(places, key=lambda place: np.count_nonzero(archive.wet(whole[:, *place])))
+                frames.append(whole[:, rows, columns])
             fields.append(self.fields[number][:, rows, columns])
             times.append(int(archive.times[start + self.past - 1]))
             blocks.append(int(self.index.block[window]) if position >= 0 else -1)
@@ -238,6 +258,14 @@ class RadarWindows:
             block=torch.tensor(blocks),
             first=torch.ones(len(blocks), dtype=torch.bool),
         )
+
+    def issue_times(self) -> Times:
+        """Of each window the time of its last past frame: N seconds UTC, ascending."""
+        times = np.empty(len(self), dtype=np.int64)
+        for number, archive in enumerate(self.archives):
+            own = self.index.archive == number
+            times[own] = archive.times[self.index.start[own] + self.past - 1]
+        return times
 
     def frames(self) -> list[NDArray[np.int64]]:
         """Of each archive, the frames that lie in a window, ascending."""

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from math import ceil, floor
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +22,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from datamodules.reader import Archive, Packed
+from datamodules.reader import WET, Archive, Packed
 from datamodules.windows import utc
 from forecast.errors import UserError
 from forecast.files import whole
 
 RULE = 1
 """Version of what is computed below; files of another one are computed anew."""
-WET = {"dBZ": 10.0, "mm/h": 0.1}
-"""A pixel with at least so much is wet."""
 LEAST_RATE = -1e-3
 """mm/h; below it a negative rain rate is no matter of rounding."""
 
@@ -170,10 +167,6 @@ def summary(archive: Archive, frames: slice, rows: int) -> FrameStatistics:
     scale, offset = archive.quantity.scale, archive.quantity.offset
     number = archive.dtype
     low, high = (-np.inf, np.inf) if number.kind == "f" else (np.iinfo(number).min, np.iinfo(number).max)
-    # Thresholds are met within rounding: 0.1 is no binary fraction, and neither is its quotient by a scale.
-    edge = (WET[archive.quantity.units] * (1 - 1e-6) - offset) / scale
-    rounded, is_wet = (ceil, np.greater_equal) if scale > 0 else (floor, np.less_equal)
-    edge = edge if number.kind == "f" else rounded(edge)
     count = frames.stop - frames.start
     valid, wet = np.zeros(count, np.int64), np.zeros(count, np.int64)
     ends = np.tile(np.array([high, low], number), (count, 1))
@@ -185,7 +178,7 @@ def summary(archive: Archive, frames: slice, rows: int) -> FrameStatistics:
             digests[frame].update(np.ascontiguousarray(band).data)
             observed = archive.valid(band)
             valid[frame] += np.count_nonzero(observed)
-            wet[frame] += np.count_nonzero(observed & is_wet(band, edge))
+            wet[frame] += np.count_nonzero(archive.wet(band))
             ends[frame, 0] = min(ends[frame, 0], np.where(observed, band, ends[frame, 0]).min())
             ends[frame, 1] = max(ends[frame, 1], np.where(observed, band, ends[frame, 1]).max())
     seen = valid > 0

@@ -100,7 +100,7 @@ def test_crops_are_random_in_training_and_central_elsewhere(write_archive: Write
     positions = tuple(range(20))
     assert_equal(train[Draw(3, positions)], train[Draw(3, positions)])
     assert_equal(train[Draw(3, (7,))], Batch(*(part[7:8] for part in train[Draw(3, positions)])))
-    places = [train.crop.place((12, 14), epoch, position) for epoch in range(9) for position in range(40)]
+    places = [train.crop.places((12, 14), epoch, position)[0] for epoch in range(9) for position in range(40)]
     assert {rows.start for rows, _ in places} == set(range(7))
     assert {columns.start for _, columns in places} == set(range(9))
     assert not torch.equal(train[Draw(0, positions)].past, train[Draw(1, positions)].past)
@@ -367,7 +367,7 @@ def test_the_italian_archives_are_read_as_xarray_reads_them_and_split_without_a_
         batch = windows[Draw(0, (position,))]
         values, valid = data.quantity.decode(batch.past[0, :, 0])
         number, start = windows.index.archive[position], windows.index.start[position]
-        rows, columns = windows.crop.place(windows.archives[number].grid.size, 0, position)
+        rows, columns = windows.crop.places(windows.archives[number].grid.size, 0, position)[0]
         with xr.open_dataset(paths[number]) as stored:
             truth = stored["dbz"][start : start + 6, rows, columns].values
         np.testing.assert_array_equal(valid.numpy(), np.isfinite(truth))
