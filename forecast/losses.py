@@ -147,3 +147,30 @@ class Balanced(Loss):
         # right=True counts the thresholds that are at or below the value: `>=`, as everywhere.
         weight = self.weights[torch.bucketize(physical, self.thresholds, right=True)]
         return self.scale * weight * (self.mse * error.square() + self.mae * error.abs())
+
+
+class Quantile(Loss):
+    """Pinball loss: least where the forecast is the quantile of level tau of what may come.
+
+        max(tau (t - x), (tau - 1) (t - x))
+
+    A pixel then reaches a threshold where the probability of the event is above 1 - tau. CSI is largest where that is
+    CSI / (1 + CSI), half of the F1 score (Lipton et al. 2014): tau above one half, by as much as the forecast is uncertain.
+    With tau = 0.5 it is half the absolute error, whose forecast of rain fades.
+
+    Reference: Koenker and Bassett (1978), Econometrica 46, 33, doi 10.2307/1913643; Lipton, Elkan, Naryanaswamy (2014),
+    arXiv 1402.1892.
+
+    Args:
+        level: tau, between 0 and 1.
+    """
+
+    def __init__(self, head: Head, reduction: str = "pixel", level: float = 0.65) -> None:
+        super().__init__(head, reduction)
+        if not 0 < level < 1:
+            raise UserError(f"loss.level is {level}; a quantile lies between 0 and 1.")
+        self.level = level
+
+    def cost(self, raw: Tensor, target: Tensor, physical: Tensor) -> Tensor:
+        error = target - self.head.point(raw)
+        return torch.maximum(self.level * error, (self.level - 1) * error)
