@@ -12,12 +12,14 @@ Everything that can be set is in conf/; docs/quickstart.md leads through it.
 """
 
 import contextlib
+import difflib
 import errno
 import logging
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,6 @@ from torch import nn
 
 from datamodules.frames import FrameData
 from forecast import checkpoint, command_line, config, launch
-from forecast.baselines.persistence import Persistence
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import clear, whole
@@ -43,6 +44,7 @@ from forecast.forecaster import Forecaster, NetworkForecaster
 from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
+from forecast.scoring import scoring_of
 
 CONF = Path(__file__).parent / "conf"
 CHANNELS = 1  # of a frame: the target quantity
@@ -54,18 +56,17 @@ REFUSALS = (
 
 def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
     """The LightningModule that a configuration asks for, on data that is set up."""
-    references: dict[str, Forecaster] = {"persistence": Persistence(), **data.references()}
     forecaster: Forecaster
     training: dict[str, Any] = {}
     if cfg.model.network is None:
         if cfg.init_from is not None or cfg.freeze or cfg.compile:
             raise UserError(f"model={cfg.model.name} has no network; leave out init_from, freeze and compile.")
-        forecaster = config.build(cfg.model.baseline)
+        forecaster = config.build_baseline(cfg.model.baseline, data)
     else:
         network, head = config.build_network(
             cfg.model, channels=CHANNELS, static_channels=data.static_channels, size=data.grid.size
         )
-        forecaster = NetworkForecaster(network, head, data.transform)
+        forecaster = NetworkForecaster(network, head, data.transform, data.quantity.thresholds)
         loss: Loss = config.build(cfg.loss, head=head)
         if loss.units not in (None, data.quantity.units):
             raise UserError(
@@ -78,17 +79,16 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
         checkpoint.freeze(forecaster, cfg.freeze)
         if cfg.compile:
             network.compile()
-    references.pop(cfg.model.name, None)
+    card = checkpoint.card(cfg, data)
     return NowcastModule(
         name=cfg.model.name,
         forecaster=forecaster,
-        references=references,
         quantity=data.quantity,
         grid=data.grid,
         cadence=data.cadence,
         future=data.future,
-        blocks=data.windows("test").blocks,
-        card=asdict(checkpoint.card(cfg, data)),
+        scoring=scoring_of(card.config, data),
+        card=asdict(card),
         **training,
     )
 
@@ -110,15 +110,14 @@ def train(cfg: DictConfig) -> float | None:
         size = getattr(getattr(module.forecaster, "network", None), "frame_size", None)
         now = checkpoint.card(cfg, data)
         checkpoint.check_matches(start, now, frame_size=size, resume=cfg.run == "fit")
-    if cfg.monitor.metric not in module.monitors:
-        raise UserError(f"monitor.metric is {cfg.monitor.metric}; choose one of {', '.join(module.monitors)}.")
+    watched = {f"callbacks.{name}.monitor": part.get("monitor") for name, part in cfg.callbacks.items()}
+    for where, metric in {"monitor.metric": cfg.monitor.metric, **watched}.items():
+        if metric is not None and metric not in module.monitors:
+            raise UserError(f"{where} is {metric}; choose one of {', '.join(nearest(metric, module.monitors))}.")
     found = torch.accelerator.current_accelerator()
     if cfg.trainer.accelerator == "auto" and found is not None and found.type == "mps":
         cfg.trainer.accelerator = "cpu"  # Apple's MPS has no float64, in which scores are summed
     loggers = [config.build(part) for part in cfg.logger.values()]
-    for name, part in cfg.callbacks.items():
-        if part.get("monitor") is not None and part.monitor not in module.monitors:
-            raise UserError(f"callbacks.{name}.monitor is {part.monitor}; choose one of {', '.join(module.monitors)}.")
     callbacks = [config.build(part) for part in cfg.callbacks.values()]
     plugins = [checkpoint.WholeFiles(), *launch.environment()]
     trainer: pl.Trainer = config.build(cfg.trainer, logger=loggers or False, callbacks=callbacks, plugins=plugins)
@@ -133,6 +132,11 @@ def train(cfg: DictConfig) -> float | None:
         for logger in loggers:
             if isinstance(logger, WandB):  # the next job of a sweep is a run of its own
                 logger.finish(failed=sys.exc_info()[0] is not None)
+
+
+def nearest(given: str, names: Sequence[str]) -> list[str]:
+    """The first of many names, and some that are like the one that was given."""
+    return list(dict.fromkeys([names[0], *(difflib.get_close_matches(given, names, n=5) or names[1:8])]))
 
 
 def starting_point(cfg: DictConfig) -> str | None:
@@ -194,6 +198,7 @@ def quieten() -> None:
         ".*sync_dist=True.*",  # what is logged is the same in all processes: metrics that have added up over them
         ".*returned a view tensor.*",  # nobody writes into what a sharded network answers
         ".*all_gather is deprecated.*",  # torch's, by Lightning
+        ".*compute.. method of metric.*was called before.*",  # counts may be recalled, or lie in another process
         ".*your dataloader is not resumable.*",  # the datamodule's state tells the sampler where to go on
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -195,7 +195,7 @@ def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
     _check_trusted(known.model)
     grid = Grid.from_dict(known.grid)
     network, head = config.build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
-    forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform))
+    forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform), quantity_of(known).thresholds)
     forecaster.load_state_dict(_weights(content))
     return forecaster.eval(), known
 

@@ -9,20 +9,23 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
+from functools import partial
 from typing import Any, get_type_hints
 
 import pydantic
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from forecast import schema
 from forecast.errors import UserError
 
 RUNS = ("fit", "test", "describe")
 PARTS = ("data", "loss", "optimizer", "scheduler", "trainer")  # each is built
-COLLECTIONS = ("callbacks", "logger")  # each holds parts by name
+COLLECTIONS = ("callbacks", "logger", "references", "metrics")  # each holds parts by name
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 # Arguments of Lightning's Trainer that only some values go with: its key, those values, and why.
@@ -39,54 +42,14 @@ LIGHTNING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 # The least that the Trainer can work with; it does not say so itself.
 LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
+LAGRANGIAN = "forecast.networks.lagrangian.Lagrangian"
 # Where a constructor passes its **kwargs on to; other **kwargs take nothing.
 PASSED_ON = {"lightning.pytorch.strategies.ddp.DDPStrategy": "torch.nn.parallel.DistributedDataParallel"}
 
 logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says of a class that is not there, we say
 
 
-@dataclass
-class Monitor:
-    """The number that chooses the best checkpoint, and that a sweep looks at."""
-
-    metric: str = "validation/loss"
-    mode: str = "min"
-
-
-@dataclass
-class Model:
-    """A network with its head, or a baseline that has nothing to train."""
-
-    name: str = "???"
-    network: dict[str, Any] | None = None
-    head: dict[str, Any] | None = None
-    baseline: dict[str, Any] | None = None
-
-
-@dataclass
-class Config:
-    """The top level of conf/train.yaml."""
-
-    run: str = "fit"
-    seed: int = 0
-    ckpt_path: str | None = None
-    resume: str | None = None
-    init_from: str | None = None
-    freeze: list[str] = field(default_factory=list)
-    compile: bool = False
-    folder: str = "."
-    monitor: Monitor = field(default_factory=Monitor)
-    data: dict[str, Any] = field(default_factory=dict)
-    model: Model = field(default_factory=Model)
-    loss: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    scheduler: dict[str, Any] = field(default_factory=dict)
-    trainer: dict[str, Any] = field(default_factory=dict)
-    callbacks: dict[str, Any] = field(default_factory=dict)
-    logger: dict[str, Any] = field(default_factory=dict)
-
-
-ConfigStore.instance().store("schema", Config)
+ConfigStore.instance().store("schema", schema.Config)
 
 
 def check(config: DictConfig) -> None:
@@ -96,7 +59,7 @@ def check(config: DictConfig) -> None:
         UserError: the first thing that is wrong.
     """
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
         missing = sorted(OmegaConf.missing_keys(config))
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "The configuration"
@@ -105,20 +68,20 @@ def check(config: DictConfig) -> None:
         ) from None
     if missing:
         raise UserError(f"{missing[0]} is not set; give it on the command line: {missing[0]}=...")
-    assert isinstance(plain, dict)
-    for where, schema in (("the configuration", Config), ("monitor", Monitor), ("model", Model)):
-        known = [one.name for one in fields(schema)]
-        for key in plain if schema is Config else plain[where]:
-            if key not in known:
-                raise UserError(no_such_key(where, str(key), known))
+    _check_keys("the configuration", schema.Config, plain)
     for group in (*PARTS, *COLLECTIONS):
         if config[group] is None:
             raise UserError(f"{group} is null; choose one of the files in conf/{group}/.")
-        for name, part in config[group].items() if group in COLLECTIONS else ():
-            if not (isinstance(part, DictConfig) and part.get("_target_")):
-                raise UserError(f"{group}.{name} names no class to build; set {group}.{name}._target_, or take it out.")
-        if group in PARTS and not config[group].get("_target_"):
+    for where, part in schema.PARTS.items():
+        _check_keys(where, part, plain[where])
+    for name, part in plain["references"].items():
+        _check_keys(f"references.{name}", schema.Model, part)
+    for group in PARTS:
+        if not config[group].get("_target_"):
             raise UserError(f"{group} names no class to build; choose one of the files in conf/{group}/.")
+    for where, part in _named(plain):
+        if not (isinstance(part, Mapping) and part.get("_target_")):
+            raise UserError(f"{where} names no class to build; set {where}._target_, or take it out.")
     if config.run not in RUNS:
         raise UserError(f"run is {config.run!r}; it must be one of {', '.join(RUNS)}.")
     if not 0 <= config.seed < 2**32:
@@ -127,6 +90,12 @@ def check(config: DictConfig) -> None:
         raise UserError(f"resume is {config.resume!r}; it must be auto or null, and ckpt_path names a checkpoint.")
     if config.monitor.mode not in ("min", "max"):
         raise UserError(f"monitor.mode is {config.monitor.mode!r}; it must be min or max.")
+    for key, given in (("members", config.members), ("subsample.windows", config.subsample.windows)):
+        if given < 1:
+            raise UserError(f"{key} is {given}; it must be at least 1.")
+    for key, given in config.accumulation.items():
+        if any(one <= 0 for one in given) or list(given) != sorted(set(given)):
+            raise UserError(f"accumulation.{key} are {list(given)}; give numbers above 0, each above the last.")
     if (config.model.network is None) == (config.model.baseline is None):
         raise UserError("A model is either a network or a baseline: set one of model.network and model.baseline.")
     for key, allowed, why in LIGHTNING:
@@ -138,6 +107,13 @@ def check(config: DictConfig) -> None:
             raise UserError(f"trainer.{key} is {given}; it must be at least {least}.")
     for path, node in _targets(plain, ()):
         _check_arguments(".".join(path), node)
+
+
+def _check_keys(where: str, kind: type, part: Mapping[str, Any]) -> None:
+    known = [one.name for one in fields(kind)]
+    for key in part:
+        if key not in known:
+            raise UserError(no_such_key(where, str(key), known))
 
 
 def build(part: Mapping[str, Any] | DictConfig, **given: Any) -> Any:
@@ -159,9 +135,13 @@ def build(part: Mapping[str, Any] | DictConfig, **given: Any) -> Any:
         if parameter.default is parameter.empty and not {key, "_partial_"} & {*plain, *given}:
             raise UserError(f"{name} is not told its argument {key!r}; set it in the file that names {name}.")
     try:
-        return instantiate(plain, _convert_="all", **given)
+        made = instantiate({**plain, "_partial_": True}, _convert_="all")
+        # What is given is handed over as it is: Hydra would make dictionaries of a Quantity and a Grid.
+        if plain.get("_partial_"):
+            return partial(made.func, *made.args, **{**made.keywords, **given})
+        return made(**given)
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if isinstance(cause, UserError):
             raise cause from None
         # A class of another package speaks for itself; one of ours has a mistake, unless a package or a number is wanting.
@@ -192,7 +172,14 @@ def build_network(
         outputs=channels * head.channels,
         frame_size=(size[0], size[1]),
     )
+    if model.get("lagrangian"):
+        network = build({"_target_": LAGRANGIAN}, network=network, head=head)
     return network, head
+
+
+def build_baseline(baseline: DictConfig | Mapping[str, Any], data: Any) -> Any:
+    """A baseline, told what it asks for of the data (a `datamodules.frames.FrameData`)."""
+    return build(baseline, quantity=data.quantity, grid=data.grid, cadence=data.cadence, past=data.past)
 
 
 def arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:
@@ -230,6 +217,15 @@ def suggestion(given: str, known: Sequence[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def _named(plain: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The parts that collections hold, with where they stand."""
+    for group in ("callbacks", "logger"):
+        yield from ((f"{group}.{name}", part) for name, part in plain[group].items())
+    yield from ((f"references.{name}.baseline", part["baseline"]) for name, part in plain["references"].items())
+    for kind, scores in plain["metrics"].items():
+        yield from ((f"metrics.{kind}.{name}", part) for name, part in scores.items())
 
 
 def _targets(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:

@@ -65,13 +65,13 @@ def table_of_splits(data: FrameData) -> Table:
     """A row for each split: how many windows and events (or sequences); of radar, its time and its rain."""
     radar = isinstance(data, RadarData)
     table = Table(title="splits", title_justify="left")
-    for heading in ("", "windows", *(("events", "from (UTC)", "until", "wet") if radar else ("sequences",))):
+    for heading in ("", *(("windows", "events", "from (UTC)", "until", "wet") if radar else ("sequences",))):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for split in SPLITS:
         windows = data.windows(split)
-        cells = [split, f"{len(windows):,}", f"{windows.blocks:,}"]
+        cells = [split, f"{len(windows):,}"]
         if isinstance(data, RadarData):
             (first, last), wet = data.outline(split)
-            cells += [utc(first)[:16], utc(last)[:16], f"{wet:.1%}"]
+            cells += [f"{windows.blocks:,}", utc(first)[:16], utc(last)[:16], f"{wet:.1%}"]
         table.add_row(*cells)
     return table

@@ -3,12 +3,13 @@
 Axes: B batch, T past frames, S forecast steps, C channels, H W space.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from forecast.batch import Forecast
+from forecast.batch import Forecast, Frames
 from forecast.heads import Head
 from forecast.networks.network import Output
 from forecast.units import Transform
@@ -37,9 +38,19 @@ class Forecaster(Protocol):
             steps: number of frames to forecast, S.
             static: B K H W.
             time: B int64, issue time in seconds UTC (a sequence number for digits).
-            members: ensemble members wanted; 0 for the point forecast alone.
-            generator: source of randomness for the members.
+            members: ensemble members wanted; 0 for the point forecast alone. A forecaster that knows of none gives none.
+            generator: its seed and the issue time are the seed of a window's members; nothing is drawn from it, so that
+                they are the same in any batch of any process. None: 0.
         """
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A forecaster that must see the past before it can forecast."""
+
+    def prepare(self, batches: Iterable[Frames]) -> None:
+        """Sees windows of the training split, once before a test, the same ones in each process."""
         ...
 
 
@@ -51,14 +62,16 @@ class NetworkForecaster(nn.Module):
     Args:
         network: in model space.
         head: what its raw output means.
-        transform: physical values <-> model space.
+        transform: physical values <-> model space, increasing.
+        thresholds: of the quantity's events; a head that knows their probabilities says them.
     """
 
-    def __init__(self, network: nn.Module, head: Head, transform: Transform) -> None:
+    def __init__(self, network: nn.Module, head: Head, transform: Transform, thresholds: Sequence[float]) -> None:
         super().__init__()
         self.network = network
         self.head = head
         self.transform = transform
+        self.thresholds = tuple(thresholds)
 
     def forward(self, past: Tensor, steps: int, static: Tensor) -> Output:
         """Past B T C H W in physical units -> the network's raw output; what training calls."""
@@ -78,11 +91,23 @@ class NetworkForecaster(nn.Module):
     ) -> Forecast:
         """The forecast in physical units; the arguments are those of `Forecaster`."""
         raw = self(past, steps, static).raw[:, -steps:].float()
-        return self.read(raw, members, generator)
+        return self.read(raw, time, members, generator)
 
-    def read(self, raw: Tensor, members: int = 0, generator: torch.Generator | None = None) -> Forecast:
-        """Raw output B S K H W as a forecast in physical units."""
+    def read(self, raw: Tensor, time: Tensor, members: int = 0, generator: torch.Generator | None = None) -> Forecast:
+        """Raw output B S K H W as a forecast in physical units; the other arguments are those of `Forecaster`."""
         mean = self.transform.inverse(self.head.point(raw))
+        exceedance = self.head.exceedance(raw, self.transform.forward(raw.new_tensor(self.thresholds)))
         if not members:
-            return Forecast(mean)
-        return Forecast(mean, members=self.transform.inverse(self.head.members(raw, members, generator)))
+            return Forecast(mean, exceedance=exceedance)
+        seed = 0 if generator is None else generator.initial_seed()
+        drawn = [
+            self.head.members(one, members, torch.Generator(raw.device).manual_seed(_mixed(seed, issue)))
+            for one, issue in zip(raw.split(1), time.tolist(), strict=True)
+        ]
+        known = [one for one in drawn if one is not None]
+        return Forecast(mean, self.transform.inverse(torch.cat(known)) if known else None, exceedance)
+
+
+def _mixed(seed: int, issue: int) -> int:
+    """One seed of two numbers; a prime between the seeds keeps neighbouring ones apart."""
+    return (seed * 4_294_967_311 + issue) & 0x7FFF_FFFF_FFFF_FFFF

@@ -24,9 +24,9 @@ class Head(nn.Module):
 
     def members(
         self, raw: Float[Tensor, "B S K H W"], n: int, generator: torch.Generator | None, temperature: float = 1.0
-    ) -> Float[Tensor, "B M S C H W"]:
-        """Equally likely futures in model space."""
-        raise UserError(f"{type(self).__name__} gives no ensemble; ask for members=0.")
+    ) -> Float[Tensor, "B M S C H W"] | None:
+        """Equally likely futures in model space; None where the head knows of one only."""
+        return None
 
     def exceedance(
         self, raw: Float[Tensor, "B S K H W"], thresholds: Float[Tensor, " P"]
@@ -53,3 +53,11 @@ class Bernoulli(Head):
     ) -> Float[Tensor, "B M S C H W"]:
         probability = torch.sigmoid(raw / temperature).unsqueeze(1).expand(-1, n, -1, -1, -1, -1)
         return torch.bernoulli(probability, generator=generator)
+
+    def exceedance(
+        self, raw: Float[Tensor, "B S K H W"], thresholds: Float[Tensor, " P"]
+    ) -> Float[Tensor, "B P S C H W"]:
+        """A lit pixel is 1 and any other 0: all reach a threshold of 0 or less, none one above 1, the lit ones the rest."""
+        lit = torch.sigmoid(raw).unsqueeze(1)
+        events = thresholds.view(1, -1, 1, 1, 1, 1)
+        return torch.where(events > 1, 0.0, torch.where(events > 0, lit, 1.0))

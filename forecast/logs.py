@@ -25,7 +25,7 @@ from PIL import Image
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.provenance import masked
-from forecast.skill import wide
+from forecast.tables import headline, wide
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -182,7 +182,7 @@ class WandB(WandbLogger):
 
     @rank_zero_only
     def publish(self, folder: Path, skill: xr.Dataset, step: int) -> None:
-        """Shows a test: a line plot of each score by lead time, the table of all, the figures and the film.
+        """Shows a test: a line plot by lead time of each score that is printed, the table of all, the figures and the film.
 
         Args:
             folder: where `forecast.report.write` left them.
@@ -249,7 +249,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def publish(self, folder: Path, skill: xr.Dataset, step: int) -> None:
-        """Shows a test: each score by lead time, every model as a run of its own, the figures and the film.
+        """Shows a test: each printed score by lead time, every model as a run of its own, the figures and the film.
 
         Args:
             folder: where `forecast.report.write` left them.
@@ -293,8 +293,8 @@ def _run_id(path: Path) -> str:
 
 
 def _curves(skill: xr.Dataset) -> dict[str, dict[str, list[float]]]:
-    """Scores by lead time: score -> model -> values."""
-    scores = wide(skill)
+    """The scores of the printed tables by lead time: score -> model -> values."""
+    scores = wide(headline(skill))
     models = [str(model) for model in skill["model"].values]
     return {
         name: {model: scores.loc[scores["model"] == model, name].tolist() for model in models}

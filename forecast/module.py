@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import xarray as xr
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,10 +21,12 @@ from torchmetrics import MeanMetric
 
 from forecast.batch import Forecast, Frames
 from forecast.errors import UserError
-from forecast.forecaster import Forecaster, NetworkForecaster
+from forecast.forecaster import Forecaster, NetworkForecaster, Prepared
 from forecast.losses import Loss
+from forecast.references import predicted
+from forecast.scoring import Scoring
+from forecast.sections import ROOT
 from forecast.sharding import shard
-from forecast.skill import Skill
 from forecast.units import Grid, Quantity
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -48,15 +51,14 @@ class NowcastModule(pl.LightningModule):
     Args:
         name: of the forecaster, in tables and in skill.nc.
         forecaster: a `NetworkForecaster`, or a baseline that has nothing to train.
-        references: forecasters scored beside it, by name.
         quantity: of the frames; its thresholds are the events.
         grid: of the frames.
         cadence: seconds between frames, or None.
         future: frames to forecast, S.
+        scoring: what it is scored by.
         loss: None for a baseline.
         optimizer: takes the parameters.
         scheduler: takes the optimizer; steps with the optimizer, and is told how many there are if it asks.
-        blocks: number of rain events (or sequences) in the test split.
         card: plain containers stored in the checkpoint, from which `forecast.checkpoint` rebuilds the forecaster.
     """
 
@@ -64,12 +66,11 @@ class NowcastModule(pl.LightningModule):
         self,
         name: str,
         forecaster: Forecaster,
-        references: Mapping[str, Forecaster],
         quantity: Quantity,
         grid: Grid,
         cadence: int | None,
         future: int,
-        blocks: int,
+        scoring: Scoring,
         card: Mapping[str, Any],
         loss: Loss | None = None,
         optimizer: OptimizerFactory | None = None,
@@ -78,7 +79,6 @@ class NowcastModule(pl.LightningModule):
         super().__init__()
         self.name = name
         self.forecaster = forecaster
-        self.references = dict(references)
         self.quantity = quantity
         self.grid = grid
         self.cadence = cadence
@@ -87,8 +87,14 @@ class NowcastModule(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.card = dict(card)
-        self.validation_skill = Skill([name], quantity, future, blocks=1, cadence=cadence)
-        self.test_skill = Skill([name, *self.references], quantity, future, blocks, cadence)
+        self.scoring = scoring
+        # Modules of this one, so that they go to its device.
+        self.validation_skill, self.sections = scoring.validation, scoring.sections
+        self.results: dict[str, xr.Dataset] = {}
+        """Of the last test, by section."""
+        self.tested: Mapping[str, Any] | None = None
+        """Where the tested weights come from, as their checkpoint says; None for a baseline."""
+        self._dealt: list[tuple[int, ...]] = []
         # Means over all valid pixels: NaN stays NaN, and no sum of float32.
         self.validation_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
         self.test_loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
@@ -137,9 +143,8 @@ class NowcastModule(pl.LightningModule):
         loss, raw = self._loss(batch)
         self.validation_loss.update(loss, batch.valid.sum())
         self.log("validation/loss", self.validation_loss)
-        self.validation_skill.update(
-            self.name, self._network.read(raw), batch.truth, batch.valid, batch.block.clamp(max=0)
-        )
+        forecast = self._network.read(raw, batch.time)
+        self.validation_skill.update(self.name, forecast, batch.truth, batch.valid, batch.block.clamp(max=0))
 
     def on_validation_epoch_end(self) -> None:
         if self.loss is None:
@@ -149,30 +154,63 @@ class NowcastModule(pl.LightningModule):
         for score, value in skill.items():
             self.log(f"validation/{score}", value)
         middle = self.quantity.thresholds[len(self.quantity.thresholds) // 2]
-        self.log(f"csi {middle:g}", skill[f"csi_{middle:g}"], prog_bar=True, logger=False)
+        if f"csi_{middle:g}" in skill:
+            self.log(f"csi {middle:g}", skill[f"csi_{middle:g}"], prog_bar=True, logger=False)
 
-    def test_step(self, batch: Frames, batch_index: int) -> dict[str, Forecast]:
-        """The forecasts by name, for callbacks to look at."""
-        forecasts: dict[str, Forecast] = {}
-        references = self.references
+    def on_fit_end(self) -> None:
+        """What is tested next are these weights, unless a checkpoint is loaded."""
+        self.tested = {
+            "epoch": self.trainer.current_epoch,
+            "global_step": self.trainer.global_step,
+            "stormcell": self.card,
+        }
+
+    def on_test_start(self) -> None:
+        """Recalls what references have scored before over the same windows, and prepares the others."""
+        self.sections.reset()
+        loader = self.trainer.test_dataloaders
+        assert loader is not None
+        self._dealt = [draw.positions for draw in loader.sampler]
+        known = self.scoring.references.recall(self.sections) if self._first_of_whole_test() else []
+        self.scoring.references.recalled = frozenset(self.trainer.strategy.broadcast(known))
+        self.scoring.references.prepare()
+        if isinstance(self.forecaster, Prepared):
+            self.forecaster.prepare(self.scoring.references.history())
+
+    def test_step(self, batch: Frames, batch_index: int) -> None:
+        members, references = self.scoring.members, self.scoring.references
+        chosen = frozenset(self.sections.listed.positions)
+        listed = torch.tensor([place in chosen for place in self._dealt[batch_index]])  # on the CPU: no device waits
         if self.loss is None:
-            references = {self.name: self.forecaster, **references}
+            own = predicted(self.forecaster, batch, members)
         else:
             loss, raw = self._loss(batch)
             self.test_loss.update(loss, batch.valid.sum())
             self.log("test/loss", self.test_loss)
-            forecasts[self.name] = self._network.read(raw)
-        for name, forecaster in references.items():
-            forecasts[name] = forecaster.predict(
-                batch.past, batch.known, self.future, static=batch.static, time=batch.time
-            )
-        for name, forecast in forecasts.items():
-            self.test_skill.update(name, forecast, batch.truth, batch.valid, batch.block)
-        return forecasts
+            own = self._network.read(raw, batch.time, members)
+        self.sections.update(self.name, own, batch, listed)
+        for name, forecast, frames, rows in references.forecasts(batch, listed, members):
+            self.sections.update(name, forecast, frames, rows)
 
     def on_test_epoch_end(self) -> None:
-        for score, value in self.test_skill.summary(self.name).items():
+        for score, value in self.sections.skill(ROOT).summary(self.name).items():
             self.log(f"test/{score}", value)
+        self.results = self.sections.datasets()
+        if self._first_of_whole_test():
+            self.scoring.references.keep(self.sections, self.results)
+
+    def forecasts(self, batch: Frames) -> dict[str, Forecast]:
+        """What the models make of some windows, to be looked at: every process has to call this.
+
+        References forecast on the first process only; those that must be prepared, which may not be, are left out: a
+        climatology is one colour.
+        """
+        with self.trainer.precision_plugin.forward_context():
+            found = {self.name: predicted(self.forecaster, batch)}
+        for reference in self.scoring.references.each if self.trainer.is_global_zero else ():
+            if not isinstance(reference.forecaster, Prepared):
+                found[reference.name] = predicted(reference.forecaster, batch)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stormcell"] = self.card
@@ -180,6 +218,7 @@ class NowcastModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.clipped.copy_(checkpoint["clipped"])
+        self.tested = {key: checkpoint[key] for key in ("epoch", "global_step", "stormcell")}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         if self.optimizer is None:
@@ -193,13 +232,18 @@ class NowcastModule(pl.LightningModule):
     @property
     def monitors(self) -> list[str]:
         """What a checkpoint can be chosen by."""
-        events = [f"{score}_{threshold:g}" for score in ("csi", "bias") for threshold in self.quantity.thresholds]
-        return [f"validation/{score}" for score in ("loss", "mse", "mae", *events)]
+        return [f"validation/{score}" for score in ("loss", *self.validation_skill.names())]
 
     @property
     def _network(self) -> NetworkForecaster:
         assert isinstance(self.forecaster, NetworkForecaster)
         return self.forecaster
+
+    def _first_of_whole_test(self) -> bool:
+        """Is this the first process of a test of all windows, not only the first batches?"""
+        loader = self.trainer.test_dataloaders
+        whole = loader is not None and sum(self.trainer.num_test_batches) == len(loader)
+        return bool(whole and self.trainer.is_global_zero)
 
     def _loss(self, batch: Frames) -> tuple[Tensor, Tensor]:
         """The loss, a mean over this batch's valid pixels, and the raw forecast."""

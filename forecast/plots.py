@@ -1,4 +1,4 @@
-"""The two figures of a run: one window forecast by every model, and the skill by lead time; `film.py` shares the pieces.
+"""The figure of one window forecast by every model; `film.py` and `curves.py` share the pieces.
 
 Figures are made without pyplot: no global state, no display, and safe in a training process.
 
@@ -10,7 +10,6 @@ from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
-import xarray as xr
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, Colormap, LinearSegmentedColormap, Normalize
@@ -18,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from forecast.units import Grid, Quantity
@@ -33,8 +31,6 @@ _LEVELS: Mapping[str, tuple[float, ...]] = {
     "mm/h": (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100),
 }
 _MINUS = "\N{MINUS SIGN}"
-# Okabe and Ito's colours for all kinds of colour vision (jfly.uni-koeln.de/color), the yellow left out.
-_MODELS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 # Any: the type that matplotlib gives to these spells out every key.
 STYLE: Any = {
     "font.size": 9,
@@ -75,7 +71,7 @@ def forecast_figure(
         grid: sets which way is up and the shape of a pixel; None has the first row on top and square pixels.
     """
     observed = np.where(valid, truth, np.nan)
-    past_frames, lead_frames = _every(len(past), 3), _every(len(truth), 6)
+    past_frames, lead_frames = every(len(past), 3), every(len(truth), 6)
     scale = colour_scale(quantity, observed)
 
     columns = len(past_frames) + len(lead_frames)
@@ -113,65 +109,6 @@ def forecast_figure(
                 label.legend([Patch(color=missing_colour(quantity))], ["no data"], loc="lower left", frameon=False)
 
         colour_bar(figure, axes, quantity, aspect=14 * rows)
-    return figure
-
-
-def skill_figure(skill: xr.Dataset) -> Figure:
-    """Scores by lead time, one line per model: values on top, then CSI and frequency bias by threshold.
-
-    Args:
-        skill: from `forecast.skill.Skill.dataset`.
-    """
-    thresholds = _every(skill.sizes["threshold"], 6)
-    models = [str(name) for name in skill["model"].values]
-    columns = max(3, len(thresholds))
-    # With one threshold, its CSI and its bias share a row.
-    rows = 1 + min(2, len(thresholds))
-    units = skill["threshold"].attrs["units"]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(2.5 * columns + 0.4, 2.05 * rows + 0.75), layout="constrained")
-        cells = figure.add_gridspec(rows, columns)
-
-        def panel(row: int, column: int, scores: xr.DataArray, title: str) -> Axes:
-            ax = figure.add_subplot(cells[row, column])
-            for index, name in enumerate(models):
-                _line(ax, scores["lead_time"].values, scores.isel(model=index).values, name, index)
-            ax.set_title(title, loc="left")
-            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 5, 6, 10], integer=True))
-            return ax
-
-        for column, name in enumerate(("mse", "mae", "correlation")):
-            score = skill[name]
-            ax = panel(0, column, score, str(score.attrs["long_name"]))
-            ax.set_ylabel(_axis_label({"correlation": "r"}.get(name, name.upper()), score.attrs["units"]))
-            if name == "correlation":
-                ax.set_ylim(min(0.0, _least(score) - 0.05), 1.02)
-            else:
-                ax.set_ylim(bottom=0.0)
-        legend = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*legend, loc="outside upper left", ncols=min(len(models), 6), frameon=False,
-                      labelcolor="linecolor", handlelength=1.8, columnspacing=1.6, fontsize=10.5)  # fmt: skip
-
-        limit = _bias_limit(skill["frequency_bias"])
-        for column, index in enumerate(thresholds):
-            chosen = skill.isel(threshold=index)
-            event = f"≥ {float(chosen['threshold']):g} {units}".removesuffix(" 1")
-            ax = panel(1, column, chosen["csi"], event)
-            ax.set_ylim(0.0, 1.02)
-            bias = panel(rows - 1, column + (rows == 2), chosen["frequency_bias"], event)
-            bias.set_yscale("log", base=2)
-            bias.set_ylim(1 / limit, limit)
-            bias.axhline(1.0, color="0.35", linewidth=0.9, zorder=1.5)
-            bias.yaxis.set_major_locator(FixedLocator([1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8]))
-            bias.yaxis.set_minor_locator(NullLocator())
-            bias.yaxis.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
-            )
-            if column == 0:
-                ax.set_ylabel("CSI")
-                bias.set_ylabel("frequency bias")
-        figure.supxlabel(_axis_label("lead time", skill["lead_time"].attrs["units"]), fontsize=9)
-        figure.align_ylabels()
     return figure
 
 
@@ -233,7 +170,7 @@ def colour_bar(figure: Figure, axes: Sequence[Axes], quantity: Quantity, aspect:
     bar = figure.colorbar(image, ax=list(axes), fraction=0.04, pad=0.015, aspect=aspect)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    bar.set_label(fill(_axis_label(quantity.long_name, quantity.units), 40))
+    bar.set_label(fill(axis_label(quantity.long_name, quantity.units), 40))
     if isinstance(image.norm, BoundaryNorm):
         bar.set_ticks(list(image.norm.boundaries), labels=[f"{level:g}" for level in image.norm.boundaries])
 
@@ -245,14 +182,7 @@ def time_label(frame: int, cadence: int | None) -> str:
     return f"{frame * cadence / 60:+g} min".replace("-", _MINUS) if frame else "issue time"
 
 
-def _line(ax: Axes, lead_time: NDArray[Any], score: NDArray[Any], name: str, index: int) -> None:
-    # Colours come round after seven models, dashes tell the rounds apart.
-    dashes = ("-", "--", ":")[index // len(_MODELS) % 3]
-    marker = "o" if len(lead_time) <= 12 else ""
-    ax.plot(lead_time, score, dashes, marker=marker, color=_MODELS[index % len(_MODELS)], label=name, clip_on=True)
-
-
-def _every(frames: int, most: int) -> list[int]:
+def every(frames: int, most: int) -> list[int]:
     """Up to `most` of the frames 0 to frames-1, evenly spread, with the first and the last."""
     if frames <= most:
         return list(range(frames))
@@ -272,19 +202,8 @@ def _shape(grid: Grid | None) -> tuple[float, Literal["upper", "lower"]]:
     return aspect, "lower" if rise > 0 and grid.units != "pixel" else "upper"
 
 
-def _axis_label(name: str, units: str) -> str:
+def axis_label(name: str, units: str) -> str:
+    """The name of what stands along an axis, with its units."""
     for plain, raised in (("(mm/h)^2", "mm²/h²"), ("(dBZ)^2", "dBZ²"), ("^2", "²")):
         units = units.replace(plain, raised)
     return name if units == "1" else f"{name} ({units})"
-
-
-def _least(score: xr.DataArray) -> float:
-    finite = score.values[np.isfinite(score.values)]
-    return float(finite.min()) if finite.size else 0.0
-
-
-def _bias_limit(bias: xr.DataArray) -> float:
-    """The same axis for all panels, equally far above and below 1: from 2 to 8."""
-    values = bias.values[np.isfinite(bias.values) & (bias.values > 0)]
-    away = np.abs(np.log2(values)).max() if values.size else 1.0
-    return float(2 ** np.clip(np.ceil(away), 1, 3))

@@ -1,16 +1,18 @@
-"""What a test leaves in its folder: skill.nc, skill.csv and two figures and a film, each written whole or not at all."""
+"""What a test leaves in its folder: skill.nc, tables, figures and a film, each written whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import xarray as xr
 from numpy.typing import NDArray
 
+from forecast.curves import skill_figure, spectrum_figure
 from forecast.files import whole
 from forecast.film import write_film
-from forecast.plots import forecast_figure, skill_figure
-from forecast.skill import to_csv
+from forecast.plots import forecast_figure
+from forecast.sections import ROOT
+from forecast.tables import to_csv
 from forecast.units import Grid, Quantity
 
 _DPI = 150
@@ -31,33 +33,46 @@ class Sample(NamedTuple):
 
 def write(
     folder: Path,
-    skill: xr.Dataset,
+    skills: Mapping[str, xr.Dataset],
     sample: Sample | None,
     quantity: Quantity,
     cadence: int | None,
     grid: Grid | None = None,
 ) -> None:
-    """Write skill.nc (NetCDF-4), skill.csv, figures/skill.png and, of a sample, figures/forecast.png and forecast.gif.
+    """Write skill.nc (NetCDF-4), skill.csv, and the figures: the skill, the spectrum, and of a sample a picture and a film.
 
     Args:
         folder: made where it is wanting; files of the same names are replaced.
-        skill: from `forecast.skill.Skill.dataset`.
+        skills: by section, from `forecast.sections.Sections.datasets`; each is a group of skill.nc and has a CSV of its own.
         sample: the window to show.
         quantity: of the sample.
         cadence: seconds between frames; None where frames have no time.
         grid: of the sample; see `forecast.plots.forecast_figure`.
     """
-    # Counts by event are mostly zeros; coordinates have no missing values.
-    encoding: dict[str, dict[str, Any]] = {str(name): {"zlib": True, "complevel": 1} for name in skill.data_vars}
-    encoding |= {name: {"_FillValue": None} for name in ("lead_time", "threshold")}
     with whole(folder / "skill.nc") as path:
-        skill.to_netcdf(path, engine="netcdf4", encoding=encoding)
-    with whole(folder / "skill.csv") as path:
-        path.write_text(to_csv(skill), encoding="utf-8")
-    with whole(folder / "figures" / "skill.png") as path:
-        skill_figure(skill).savefig(path, dpi=_DPI)
+        for section, skill in skills.items():
+            # Counts by event are mostly zeros; coordinates have no missing values.
+            encoding: dict[str, dict[str, Any]] = {
+                str(name): {"zlib": True, "complevel": 1} for name in skill.data_vars if skill[name].ndim
+            }
+            encoding |= {str(name): {"_FillValue": None} for name in skill.coords if skill[name].dtype.kind == "f"}
+            mode: Literal["a", "w"] = "a" if path.exists() else "w"
+            skill.to_netcdf(path, mode, engine="netcdf4", group=section, encoding=encoding)
+    for section, skill in skills.items():
+        with whole(folder / csv_name(section)) as path:
+            path.write_text(to_csv(skill), encoding="utf-8")
+    figures = {"skill": skill_figure(skills[ROOT])}
+    if "power_forecast" in skills[ROOT]:
+        figures["spectrum"] = spectrum_figure(skills[ROOT])
     if sample is not None:
-        with whole(folder / "figures" / "forecast.png") as path:
-            forecast_figure(*sample, quantity, cadence, grid).savefig(path, dpi=_DPI)
+        figures["forecast"] = forecast_figure(*sample, quantity, cadence, grid)
         with whole(folder / "figures" / "forecast.gif") as path:
             write_film(path, *sample, quantity, cadence, grid)
+    for name, figure in figures.items():
+        with whole(folder / "figures" / f"{name}.png") as path:
+            figure.savefig(path, dpi=_DPI)
+
+
+def csv_name(section: str) -> str:
+    """Of the file that holds the scores of a section."""
+    return "skill.csv" if section == ROOT else f"skill_{section}.csv"

@@ -243,9 +243,11 @@ def _skill(path: Path, model: str) -> tuple[float, float, float]:
     try:
         with xr.open_dataset(path) as skill:
             scores = derive(skill.sum("block", skipna=False)).sel(model=model)
-            middle = scores.isel(threshold=scores.sizes["threshold"] // 2)
-            mean = middle[["mse", "csi"]].mean("lead_time", skipna=False)
-            return float(mean["mse"]), float(mean["csi"]), float(middle["threshold"])
+            mean = scores.mean("lead_time", skipna=False)
+            middle = skill.sizes["threshold"] // 2
+            mse = float(mean["mse"]) if "mse" in mean else math.nan
+            csi = float(mean["csi"].isel(threshold=middle)) if "csi" in mean else math.nan
+            return mse, csi, float(skill["threshold"][middle])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} holds no scores of {model} ({type(error).__name__}); score its checkpoint again by run=test."

@@ -55,6 +55,16 @@ def sentence(overrides: list[str]) -> str:
         ("loss=mse,null", "loss is null; choose one of the files in conf/loss/."),
         ("folder=here", "set it by hydra.run.dir=FOLDER"),
         ("seed=-1", "seed is -1"),
+        ("references=null", "references is null; choose one of the files in conf/references/."),
+        ("references.persistence.slwo=true", "did you mean 'slow'?"),
+        ("references.persistence.baseline=null", "references.persistence.baseline names no class to build"),
+        ("metrics.test.fractions.scale=[1]", "did you mean 'scales'?"),
+        ("+metrics.test.mine=1", "metrics.test.mine names no class to build"),
+        ("subsample.windows=0", "subsample.windows is 0; it must be at least 1."),
+        (
+            "accumulation.minutes=[60,30]",
+            "accumulation.minutes are [60, 30]; give numbers above 0, each above the last.",
+        ),
     ],
 )
 def test_mistake_is_answered_with_one_sentence_that_names_it(override: str, said: str) -> None:
@@ -89,7 +99,11 @@ def test_sweep_tries_every_value_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", ["model", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks", "experiment"]
+    "group",
+    [
+        *("model", "loss", "optimizer", "scheduler", "trainer", "logger", "callbacks", "experiment"),
+        *("references", "metrics"),
+    ],
 )
 def test_every_shipped_choice_is_valid(group: str) -> None:
     needed = {"loss": {"cross_entropy": ["model.head._target_=forecast.heads.Bernoulli"]}}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from forecast.cells.lstm import LSTM
-from forecast.errors import UserError
 from forecast.forecaster import Forecaster, NetworkForecaster
 from forecast.heads import Bernoulli, Head, Point
 from forecast.networks.encoder_forecaster import EncoderForecaster
@@ -30,7 +29,7 @@ class Repeat(nn.Module):
 def make(head: Head | None = None, transform: Transform = TRANSFORM) -> NetworkForecaster:
     torch.manual_seed(0)
     network = EncoderForecaster(partial(LSTM, peephole=True), [4], inputs=1, outputs=1, patch=2)
-    return NetworkForecaster(network, head or Point(), transform)
+    return NetworkForecaster(network, head or Point(), transform, QUANTITY.thresholds)
 
 
 def data() -> tuple[Tensor, Tensor, SimpleNamespace]:
@@ -45,7 +44,7 @@ def data() -> tuple[Tensor, Tensor, SimpleNamespace]:
 def test_missing_pixels_reach_the_network_as_the_floor_and_the_rest_in_model_space() -> None:
     past, valid, rest = data()
     network = Repeat()
-    NetworkForecaster(network, Point(), TRANSFORM).predict(past, valid, 2, **vars(rest))
+    NetworkForecaster(network, Point(), TRANSFORM, QUANTITY.thresholds).predict(past, valid, 2, **vars(rest))
     assert not valid.all()
     assert (network.seen[~valid] == TRANSFORM.forward(torch.tensor(QUANTITY.floor))).all()
     torch.testing.assert_close(network.seen, (past + 10) / 70)
@@ -54,7 +53,9 @@ def test_missing_pixels_reach_the_network_as_the_floor_and_the_rest_in_model_spa
 
 def test_the_forecast_is_the_last_frames_of_the_answer_in_physical_units() -> None:
     past, valid, rest = data()
-    forecast = NetworkForecaster(Repeat(), Point(), TRANSFORM).predict(past, valid, 2, **vars(rest))
+    forecast = NetworkForecaster(Repeat(), Point(), TRANSFORM, QUANTITY.thresholds).predict(
+        past, valid, 2, **vars(rest)
+    )
     torch.testing.assert_close(forecast.mean, past[:, -1:].expand(-1, 2, -1, -1, -1), rtol=0, atol=1e-4)
     assert forecast.members is None
 
@@ -104,10 +105,27 @@ def test_the_same_past_gives_the_same_forecast() -> None:
     assert torch.equal(valid, before[1])
 
 
-def test_members_of_a_head_that_has_none_are_refused() -> None:
+def test_head_that_gives_a_point_only_gives_no_members() -> None:
     past, valid, rest = data()
-    with pytest.raises(UserError, match="members=0"):
-        make().predict(past, valid, 2, members=3, **vars(rest))
+    assert make().predict(past, valid, 2, members=3, **vars(rest)).members is None
+
+
+def test_members_are_those_of_their_issue_time_in_any_batch() -> None:
+    past, valid, rest = data()
+    rest.time = torch.tensor([600, 1200])
+    forecaster = make(Bernoulli(), Linear())
+    both = forecaster.predict(past, valid, 2, members=3, **vars(rest)).members
+    assert both is not None
+    for order in ([1, 0], [1]):
+        turned = {name: field[order] for name, field in vars(rest).items()}
+        members = forecaster.predict(past[order], valid[order], 2, members=3, **turned).members
+        assert members is not None
+        assert torch.equal(members, both[order])
+    same = torch.zeros(2, dtype=torch.int64)
+    alike = forecaster.predict(past[:1].repeat(2, 1, 1, 1, 1), valid[:1].repeat(2, 1, 1, 1, 1), 2, members=3,
+                               static=rest.static, time=same + rest.time).members  # fmt: skip
+    assert alike is not None
+    assert not torch.equal(alike[0], alike[1])
 
 
 def test_training_reaches_the_weights_that_predict() -> None:

@@ -47,13 +47,20 @@ def test_temperature_flattens_the_odds() -> None:
 
 def test_what_a_head_cannot_say_it_refuses_or_leaves_open() -> None:
     raw = torch.zeros(1, 1, 1, 2, 2)
-    with pytest.raises(UserError, match="Point gives no ensemble; ask for members=0"):
-        Point().members(raw, 2, None)
+    assert Point().members(raw, 2, None) is None
+    assert Point().exceedance(raw, torch.tensor([0.5])) is None
     with pytest.raises(UserError, match="Head gives no point forecast"):
         Head().point(raw)
-    for head in (Point(), Bernoulli()):
-        assert head.channels == 1
-        assert head.exceedance(raw, torch.tensor([0.5])) is None
+    assert Point.channels == Bernoulli.channels == 1
+
+
+def test_a_lit_pixel_reaches_the_thresholds_up_to_1() -> None:
+    raw = torch.linspace(-4, 4, 12).view(1, 2, 1, 3, 2)
+    reached = Bernoulli().exceedance(raw, torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1]))
+    assert (reached[:, :2] == 1).all()
+    assert torch.equal(reached[:, 2], torch.sigmoid(raw))
+    assert torch.equal(reached[:, 3], torch.sigmoid(raw))
+    assert not reached[:, 4].any()
 
 
 def test_shapes_are_checked_while_testing() -> None:

@@ -42,9 +42,12 @@ def assert_same_weights(one: Path, other: Path, atol: float) -> None:
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=atol, err_msg=name)
 
 
-def assert_same_skill(one: Path, other: Path) -> None:
+def assert_same_skill(one: Path, other: Path, group: str | None = None) -> None:
     """Counts equal to the last bit, sums and scores to 1e-12."""
-    with xr.open_dataset(one / "skill.nc") as ours, xr.open_dataset(other / "skill.nc") as theirs:
+    with (
+        xr.open_dataset(one / "skill.nc", group=group) as ours,
+        xr.open_dataset(other / "skill.nc", group=group) as theirs,
+    ):
         counts = [name for name in ours.data_vars if ours[name].dtype.kind == "i"]
         assert {"hits", "misses", "false_alarms", "correct_negatives", "pixels", "undefined"} <= set(counts)
         xr.testing.assert_equal(ours[counts], theirs[counts])
@@ -89,10 +92,15 @@ def test_training_on_two_processes_ends_where_one_does(trained: Path, tmp_path: 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_many_processes_score_every_window_once(processes: int, trained: Path, tmp_path: Path) -> None:
-    test = [*DIGITS, *SMALL, "data.batch_size=4", "run=test", f"ckpt_path={trained}/checkpoints/best.ckpt"]
-    commands.run(*test, CPU, folder=tmp_path / "one")
-    commands.run(*test, *ddp(processes), folder=tmp_path / "many")
-    assert_same_skill(tmp_path / "many", tmp_path / "one")
+    slow = ["references.persistence.slow=true", "subsample.windows=3"]  # on a subsample of the seven windows
+    test = [*DIGITS, *SMALL, *slow, "data.batch_size=4", "run=test", f"ckpt_path={trained}/checkpoints/best.ckpt"]
+    for name, parallel in (("one", [CPU]), ("many", ddp(processes))):
+        cache = {"STORMCELL_CACHE": str(tmp_path / name / "cache")}  # or the second would recall its references
+        commands.run(*test, *parallel, folder=tmp_path / name, env=cache)
+    for group in (None, "subsample"):
+        assert_same_skill(tmp_path / "many", tmp_path / "one", group)
+    commands.run(*test, *ddp(processes), folder=tmp_path / "again", env=cache)  # with references that are recalled
+    assert_same_skill(tmp_path / "again", tmp_path / "one")
     one, many = (tmp_path / name / "figures/forecast.png" for name in ("one", "many"))
     assert one.read_bytes() == many.read_bytes()  # the same window is shown
 

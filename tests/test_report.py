@@ -15,9 +15,18 @@ from forecast import report
 from forecast.baselines.persistence import Persistence
 from forecast.batch import Forecast, Frames
 from forecast.callbacks.scores import Report
+from forecast.curves import skill_figure, spectrum_figure
+from forecast.metrics.contingency import Contingency
+from forecast.metrics.continuous import Continuous
+from forecast.metrics.metric import Scope
+from forecast.metrics.spectral import Spectrum
 from forecast.module import NowcastModule
-from forecast.plots import forecast_figure, skill_figure
+from forecast.plots import forecast_figure
+from forecast.protocol import Protocol
+from forecast.references import Reference, References
 from forecast.report import Sample, write
+from forecast.scoring import Scoring
+from forecast.sections import ROOT, Sections
 from forecast.skill import Skill, derive
 from forecast.units import Grid, Quantity
 
@@ -34,9 +43,12 @@ def sample(models: tuple[str, ...] = ("convlstm", "persistence"), past: int = 4,
     return Sample(frames[:past], frames[past:], valid, dict.fromkeys(models, frames[past:] + 1))
 
 
-def skill(quantity: Quantity, cadence: int | None, steps: int = 3) -> xr.Dataset:
+METRICS = {"continuous": Continuous, "contingency": Contingency, "spectrum": Spectrum}
+
+
+def skill(quantity: Quantity, cadence: int | None, steps: int = 3, metrics: Any = METRICS) -> xr.Dataset:
     one = sample(steps=steps)
-    scores = Skill(list(one.forecasts), quantity, steps, 2, cadence)
+    scores = Skill(list(one.forecasts), Scope(quantity, steps, 2, size=(12, 16)), cadence, metrics)
     truth, valid = torch.from_numpy(one.truth)[None].float(), torch.from_numpy(one.valid)[None]
     for model, mean in one.forecasts.items():
         scores.update(model, Forecast(torch.from_numpy(mean)[None].float()), truth, valid, torch.ones(1).long())
@@ -45,20 +57,42 @@ def skill(quantity: Quantity, cadence: int | None, steps: int = 3) -> xr.Dataset
 
 def test_written_files_can_be_read(tmp_path: Path) -> None:
     dataset = skill(DBZ, 600)
-    write(tmp_path / "run", dataset, sample(), DBZ, 600)
+    more = {"subsample": skill(DBZ, 600, steps=2).assign(position=("window", [3, 8]))}
+    write(tmp_path / "run", {ROOT: dataset, **more}, sample(), DBZ, 600)
     found = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*"))
-    assert found == ["figures/forecast.gif", "figures/forecast.png", "figures/skill.png", "skill.csv", "skill.nc"]
+    figures = [f"figures/{name}" for name in ("forecast.gif", "forecast.png", "skill.png", "spectrum.png")]
+    assert found == [*figures, "skill.csv", "skill.nc", "skill_subsample.csv"]
     with xr.open_dataset(tmp_path / "run" / "skill.nc") as read:
         xr.testing.assert_identical(read.load(), dataset)
         xr.testing.assert_identical(derive(read.sum("block")), derive(dataset.sum("block")))
         assert read["hits"].dtype == np.int64
-    for name in ("forecast", "skill"):
+    with xr.open_dataset(tmp_path / "run" / "skill.nc", group="subsample") as read:
+        xr.testing.assert_identical(read.load(), more["subsample"])
+    for name in ("forecast", "skill", "spectrum"):
         assert (tmp_path / "run" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_a_sample_there_is_no_forecast_figure(tmp_path: Path) -> None:
-    write(tmp_path, skill(DIGITS, None), None, DIGITS, None)
-    assert os.listdir(tmp_path / "figures") == ["skill.png"]
+    write(tmp_path, {ROOT: skill(DIGITS, None)}, None, DIGITS, None)
+    assert sorted(os.listdir(tmp_path / "figures")) == ["skill.png", "spectrum.png"]
+
+
+@pytest.mark.parametrize(("chosen", "panels"), [("contingency", 4), ("continuous", 3), ("spectrum", 0)])
+def test_scores_that_were_not_chosen_are_not_drawn(chosen: str, panels: int, tmp_path: Path) -> None:
+    scored = skill(DBZ, 600, metrics={chosen: METRICS[chosen]})
+    write(tmp_path, {ROOT: scored}, None, DBZ, 600)
+    assert (tmp_path / "figures" / "spectrum.png").exists() == (chosen == "spectrum")
+    assert len(skill_figure(scored).axes) == panels
+
+
+def test_spectrum_has_the_truth_and_every_model_at_the_first_and_last_lead_time() -> None:
+    first, last = spectrum_figure(skill(DBZ, 600)).axes
+    assert [ax.get_title(loc="left") for ax in (first, last)] == ["+10 min", "+30 min"]
+    assert [line.get_label() for line in last.lines] == ["truth", "convlstm", "persistence"]
+    scored = skill(DBZ, 600).isel(lead_time=-1, wavenumber=slice(1, None))
+    np.testing.assert_array_equal(last.lines[0].get_ydata(), scored["power_truth"].isel(model=0))
+    np.testing.assert_array_equal(last.lines[1].get_ydata(), scored["power_forecast"].sel(model="convlstm"))
+    np.testing.assert_allclose(last.lines[0].get_xdata(), 1 / scored["wavenumber"])
 
 
 @pytest.mark.parametrize("quantity", [DBZ, RAIN, DIGITS, KELVIN], ids=lambda quantity: quantity.units)
@@ -95,6 +129,7 @@ def test_north_is_up() -> None:
 def test_nothing_but_nan_can_be_drawn() -> None:
     dataset = skill(DBZ, 600)
     skill_figure(dataset.where(False)).draw_without_rendering()
+    spectrum_figure(dataset.where(False)).draw_without_rendering()
     one = sample()
     forecast_figure(*one._replace(valid=np.zeros_like(one.valid)), KELVIN, 600).draw_without_rendering()
 
@@ -103,13 +138,25 @@ def shown(folder: Path, batches: list[Frames], monkeypatch: pytest.MonkeyPatch) 
     """What the report of a test over these batches shows."""
     written: list[Any] = []
     monkeypatch.setattr(report, "write", lambda folder, skill, sample, *more: written.append(sample))
-    module = NowcastModule("persistence", Persistence(), {}, DBZ, Grid((4, 4)), 600, 2, 4, {})
+    scope, reference = Scope(DBZ, 2, 4), Reference("reference", Persistence())
+    module = NowcastModule(
+        *("persistence", Persistence(), DBZ, Grid((4, 4)), 600, 2),
+        scoring=Scoring(
+            Skill(["persistence"], scope, 600, {}),
+            Sections(["persistence", "reference"], scope, 600, {"continuous": Continuous}),
+            References([reference], list),
+            Protocol({}, 2, 600, {}, {}, {}, {}, 0),
+            members=0,
+        ),
+        card={"config": {"seed": 0, "folder": str(folder), "model": {}}},
+    )
     callback = Report(str(folder))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    module.trainer = trainer
     callback.on_test_start(trainer, module)
     for index, one in enumerate(batches):
-        forecasts = {"persistence": Forecast(one.truth + 1)}
-        callback.on_test_batch_end(trainer, module, forecasts, one, index)
+        callback.on_test_batch_end(trainer, module, None, one, index)
+    module.results = module.sections.datasets()
     callback.on_test_end(trainer, module)
     [sample] = written
     return sample
@@ -121,7 +168,7 @@ def frames(level: list[float], time: list[int], block: list[int]) -> Frames:
     everywhere = torch.ones_like(truth, dtype=torch.bool)
     static = torch.zeros(len(level), 0, 4, 4)
     lanes = torch.ones(len(level), dtype=torch.bool)
-    return Frames(truth, everywhere, truth, everywhere, static, torch.tensor(time), torch.tensor(block), lanes)
+    return Frames(truth + 1, everywhere, truth, everywhere, static, torch.tensor(time), torch.tensor(block), lanes)
 
 
 def test_heaviest_window_is_shown_and_the_earliest_of_equal_ones(
@@ -136,7 +183,8 @@ def test_heaviest_window_is_shown_and_the_earliest_of_equal_ones(
             sample = shown(tmp_path, [frames(*map(list, zip(*one, strict=True))) for one in dealt], monkeypatch)
             assert sample is not None
             assert (sample.truth == 9.5).all()
-            assert (sample.forecasts["persistence"] == 10.5).all()
+            assert list(sample.forecasts) == ["persistence", "reference"]
+            assert (sample.forecasts["reference"] == 10.5).all()
     equal = frames([9.0, 9.0, 9.0], [40, 30, 30], [0, 3, 2])
     marked = equal._replace(past=torch.tensor([1.0, 2.0, 3.0]).view(-1, 1, 1, 1, 1).expand(equal.past.shape))
     for deal in ([marked], [Frames(*(part[i : i + 1] for part in marked)) for i in (2, 0, 1)]):

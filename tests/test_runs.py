@@ -97,6 +97,11 @@ def test_skill_is_of_the_trained_model_at_the_middle_threshold(tmp_path: Path) -
     assert run.csi == pytest.approx(np.mean(hits[1, :, :, 1].sum(0) / 20))
     assert run.mse == pytest.approx(np.mean(hits[1, :, :, 0].sum(0) / 20))
     assert (run.threshold, run.state) == (20, "finished")
+    with xr.open_dataset(folder / "skill.nc") as skill:
+        chosen = skill.load().drop_vars(["hits", "misses"])
+    chosen.to_netcdf(folder / "skill.nc")  # a run that was not scored by events
+    assert math.isnan(runs.read(folder).csi)
+    assert runs.read(folder).mse == run.mse
 
 
 def test_failed_run_says_why_and_what_was_asked_of_it(tmp_path: Path) -> None:

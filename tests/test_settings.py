@@ -19,12 +19,12 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 from test_train import TINY
 
-from forecast import checkpoint, command_line, config
+from forecast import checkpoint, command_line, config, schema
 
 CONF = commands.ROOT / "conf"
 OURS = ("forecast", "datamodules")
 SOURCES = [commands.ROOT / "train.py", *(path for one in OURS for path in sorted((commands.ROOT / one).rglob("*.py")))]
-SCHEMAS = {"": config.Config, "monitor": config.Monitor, "model": config.Model}
+SCHEMAS = {"": schema.Config, **schema.PARTS}
 # What a choice cannot be composed without.
 NEEDED = {"loss=cross_entropy": ["model.head._target_=forecast.heads.Bernoulli"]}
 
@@ -33,7 +33,7 @@ def composed(conf: Path) -> Iterator[tuple[str, Any]]:
     """Every choice of every group, one at a time, as plain containers, with interpolations as they stand."""
     for path in sorted(conf.glob("*/*.yaml")):
         choice = f"{path.parent.name}={path.stem}"
-        if path.parent.name in config.Config.__dataclass_fields__ or path.parent.name == "experiment":
+        if path.parent.name in schema.Config.__dataclass_fields__ or path.parent.name == "experiment":
             yield choice, OmegaConf.to_container(command_line.load(conf, [choice, *NEEDED.get(choice, [])]))
 
 
@@ -151,11 +151,17 @@ def attribute_is_read(name: str, owner: Any, sources: Sequence[Path]) -> bool:
 def schema_is_read(place: str, conf: Path) -> bool:
     """Is this leaf of the schema read by train.py or forecast/, or referred to in conf/?"""
     parent, _, name = place.rpartition(".")
-    told = {f"cfg.{place}", f"config.{place}", f"{parent}[{name!r}]"}
-    kinds = (ast.Attribute, ast.Subscript)
-    read = (ast.unparse(node) for path in SOURCES for node in ast.walk(parsed(path)) if isinstance(node, kinds))
+    told = {f"cfg.{place}", f"config.{place}", f"{parent or 'plain'}[{name!r}]"}
     referred = (f"${{{place}}}" in path.read_text(encoding="utf-8") for path in conf.rglob("*.yaml"))
-    return any(one in told for one in read) or any(referred)
+    return not told.isdisjoint(looked_up()) or any(referred)
+
+
+@functools.cache
+def looked_up() -> frozenset[str]:
+    """Every attribute and item that is asked for anywhere, as it is written."""
+    kinds = (ast.Attribute, ast.Subscript)
+    nodes = (node for path in SOURCES for node in ast.walk(parsed(path)))
+    return frozenset(ast.unparse(node) for node in nodes if isinstance(node, kinds))
 
 
 def unread(conf: Path, ours: Sequence[str] = OURS, sources: Sequence[Path] = SOURCES) -> set[str]:

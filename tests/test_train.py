@@ -1,6 +1,7 @@
 """`python train.py`, end to end on tiny data: what a user types, and what is in the run folder afterwards."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -45,17 +46,21 @@ def test_run_folder_holds_what_the_documents_promise(finished: Path) -> None:
         "skill.nc",
     ):
         assert (finished / name).stat().st_size > 0
-    for name in ("forecast.png", "skill.png"):
+    for name in ("forecast.png", "skill.png", "spectrum.png"):
         assert (finished / "figures" / name).read_bytes().startswith(b"\x89PNG")
     assert OmegaConf.load(finished / "config.yaml").folder == str(finished)
     with (finished / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {"step", "validation/loss", "validation/csi_0.5", "test/loss", "test/mse"} <= set(rows[0])
+    scores = {"csi_0.5", "fss_0.5_8px", "sharpness", "csi_0.5/frame3"}
+    assert {"step", "test/loss", "test/mse", *(f"validation/{name}" for name in ("loss", *scores))} <= set(rows[0])
 
 
-def test_skill_sets_the_model_beside_persistence_and_the_oracle(finished: Path) -> None:
+def test_skill_sets_the_model_beside_its_references(finished: Path) -> None:
     with xr.open_dataset(finished / "skill.nc") as skill:
-        assert list(skill.model.values) == ["convlstm", "persistence", "oracle"]
+        assert list(skill.model.values) == ["convlstm", "persistence", "climatology", "oracle"]
+        assert len(json.loads(skill.attrs["protocol"])["scores"]) == 5
+        trained = json.loads(skill.attrs["provenance"])["trained"]
+        assert (trained["epoch"], trained["step"]) == (0, 2)
         assert skill.csi.dims == ("model", "lead_time", "threshold")
         assert skill.sizes["lead_time"] == 10
         assert float(abs(skill.mse.sel(model="oracle")).max()) == 0
@@ -79,6 +84,9 @@ def test_checkpoint_rebuilds_the_forecaster_without_running_code(finished: Path)
 def test_test_of_a_checkpoint_repeats_the_skill_of_its_run(finished: Path, tmp_path: Path) -> None:
     commands.run(*TINY, "run=test", f"ckpt_path={finished}/checkpoints/best.ckpt", folder=tmp_path)
     with xr.open_dataset(finished / "skill.nc") as before, xr.open_dataset(tmp_path / "skill.nc") as after:
+        assert before.attrs.pop("protocol") == after.attrs.pop("protocol")
+        sources = [json.loads(one.attrs.pop("provenance")) for one in (before, after)]
+        assert sources[0]["trained"] == sources[1]["trained"]
         xr.testing.assert_identical(before, after)
 
 
@@ -129,9 +137,17 @@ def test_radar_archive_is_trained_on_and_scored_by_threshold(tmp_path: Path, wri
         "trainer.limit_train_batches=2",
         "trainer.accelerator=cpu",
     ]
+    sections = ["data.relation=marshall_palmer", "references.persistence.slow=true", "subsample.windows=3"]
+    commands.run(*radar, *small, *sections, "data.future=6", folder=tmp_path / "rate")
+    longer = {"accumulation_30min": [30, 60], "accumulation_60min": [60], "subsample": [10, 20, 30, 40, 50, 60]}
+    for section, leads in longer.items():
+        assert (tmp_path / f"rate/skill_{section}.csv").exists()
+        with xr.open_dataset(tmp_path / "rate/skill.nc", group=section) as skill:
+            assert list(skill.lead_time.values) == leads
+            assert ("persistence" in skill.model.values) == (section == "subsample")
     printed = commands.run(*radar, *small, folder=tmp_path / "run").stdout
     with xr.open_dataset(tmp_path / "run/skill.nc") as skill:
-        assert list(skill.model.values) == ["convlstm", "persistence"]
+        assert list(skill.model.values) == ["convlstm", "persistence", "climatology"]
         assert list(skill.threshold.values) == [10, 20, 30, 40]
         assert list(skill.lead_time.values) == [10, 20, 30]
         assert {"csi", "pod", "far", "hss", "frequency_bias", "mae", "rmse", "mse", "correlation"} <= set(skill)
@@ -149,7 +165,7 @@ def test_persistence_is_scored_without_training(tmp_path: Path) -> None:
     commands.run(*[one for one in TINY if "network" not in one], "model=persistence", folder=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     with xr.open_dataset(tmp_path / "skill.nc") as skill:
-        assert list(skill.model.values) == ["persistence", "oracle"]
+        assert list(skill.model.values) == ["persistence", "climatology", "oracle"]
 
 
 def test_describe_counts_and_trains_nothing(tmp_path: Path) -> None:
@@ -228,7 +244,8 @@ def write_mnist(folder: Path) -> Path:
     [
         (["optimizer.lr=-1"], "optimizer or its scheduler cannot be"),
         (["scheduler=step", "scheduler.step_size=0"], "optimizer or its scheduler cannot be"),
-        (["monitor.metric=validation/mmse"], "choose one of validation/loss"),
+        (["monitor.metric=validation/mmse"], "choose one of validation/loss, validation/mse,"),
+        (["monitor.metric=validation/csi_5"], "validation/csi_0.5,"),
         (["loss=balanced"], "This loss is for data in mm/h"),
         (["optimizer.lr=1e30", "trainer.max_epochs=3"], "the training diverged"),
     ],

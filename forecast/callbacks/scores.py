@@ -1,6 +1,6 @@
 """The report of a test: which window is shown, and when the files are written."""
 
-from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ from rich.console import Console
 from torch import Tensor
 
 from forecast import report
-from forecast.batch import Forecast, Frames
+from forecast.batch import Frames
 from forecast.module import NowcastModule
-from forecast.skill import tables
+from forecast.protocol import provenance_of
+from forecast.sections import ROOT
+from forecast.tables import tables
 
 NOTHING = (float("-inf"), 0.0, 0.0)
 
 
 class Report(pl.Callback):
-    """After a test, writes skill.nc, skill.csv, the figures and the film, shows them to the loggers, and prints the scores.
+    """After a test, writes its files (`forecast.report`), shows them to the loggers, and prints the scores of all windows.
 
     The window that is shown is the one whose truth has the largest mean: the heaviest rain. Of equal ones it is the
     earliest. It is the same from any number of processes.
@@ -30,17 +32,17 @@ class Report(pl.Callback):
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self._sample: report.Sample | None = None
+        self._shown: Frames | None = None
         self._rank = NOTHING
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sample, self._rank = None, NOTHING
+        self._shown, self._rank = None, NOTHING
 
     def on_test_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Mapping[str, Forecast],  # type: ignore[override]  # what our test_step returns
+        outputs: Any,
         batch: Frames,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -51,31 +53,38 @@ class Report(pl.Callback):
         best = max(range(len(ranks)), key=ranks.__getitem__)
         if ranks[best] > self._rank:
             self._rank = ranks[best]
-            self._sample = report.Sample(
-                past=_numpy(torch.where(batch.known[best], batch.past[best], torch.nan)),
-                truth=_numpy(batch.truth[best]),
-                valid=_numpy(batch.valid[best]),
-                forecasts={name: _numpy(forecast.mean[best]) for name, forecast in outputs.items()},
-            )
+            self._shown = Frames(*(field[best : best + 1].cpu() for field in batch))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, NowcastModule)
-        skill = pl_module.test_skill.dataset()
-        sample = self._best_of_all(trainer)
-        if trainer.is_global_zero:
-            report.write(self.folder, skill, sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
-            for shown in tables(skill):
-                Console().print(shown)
-            for logger in trainer.loggers:
-                if hasattr(logger, "publish"):
-                    logger.publish(self.folder, skill, trainer.global_step)
-            Console().print(f"Written to {self.folder}: skill.nc, skill.csv, figures/")
+        sample = self._sample(trainer, pl_module)
+        if not trainer.is_global_zero:
+            return
+        source = provenance_of(pl_module.card["config"], pl_module.tested)
+        attributes = {"protocol": pl_module.scoring.protocol.to_text(), "provenance": json.dumps(source)}
+        skills = {section: found.assign_attrs(attributes) for section, found in pl_module.results.items()}
+        report.write(self.folder, skills, sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
+        for shown in tables(skills[ROOT]):
+            Console().print(shown)
+        for logger in trainer.loggers:
+            if hasattr(logger, "publish"):
+                logger.publish(self.folder, skills[ROOT], trainer.global_step)
+        Console().print(f"Written to {self.folder}: skill.nc, {', '.join(map(report.csv_name, skills))}, figures/")
 
-    def _best_of_all(self, trainer: pl.Trainer) -> report.Sample | None:
-        """The sample of the process that has the best one, on all processes."""
+    def _sample(self, trainer: pl.Trainer, module: NowcastModule) -> report.Sample | None:
+        """The window of the process that has the best one, on all processes, with what the models make of it."""
         mine = torch.tensor(self._rank, dtype=torch.float64, device=trainer.strategy.root_device)
         ranks = trainer.strategy.all_gather(mine).reshape(-1, len(NOTHING)).tolist()
-        return trainer.strategy.broadcast(self._sample, src=ranks.index(max(ranks)))
+        shown: Frames | None = trainer.strategy.broadcast(self._shown, src=ranks.index(max(ranks)))
+        if shown is None:
+            return None
+        forecasts = module.forecasts(Frames(*(field.to(trainer.strategy.root_device) for field in shown)))
+        return report.Sample(
+            past=_numpy(torch.where(shown.known[0], shown.past[0], torch.nan)),
+            truth=_numpy(shown.truth[0]),
+            valid=_numpy(shown.valid[0]),
+            forecasts={name: _numpy(forecast.mean[0]) for name, forecast in forecasts.items()},
+        )
 
 
 def _numpy(tensor: Tensor) -> NDArray[Any]:
