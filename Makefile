@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pysteps is built from source: without a C compiler the tests that compare with it are skipped.
 EXTRA := $(if $(shell command -v cc 2>/dev/null),dev,test)
 
-.PHONY: help train test test-slow check format clean
+.PHONY: help train test test-slow check format bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -27,6 +27,9 @@ check: $(VENV)/test  ## format, lint and types
 format: $(VENV)/test  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/test  ## what the scores cost, beside a forward pass and beside pysteps: minutes
+	$(BIN)/python benchmarks/scores.py $(ARGS)
 
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
