@@ -139,10 +139,11 @@ class Fractions(AdditiveMetric):
             high = low + scale
             rows = integral[:, high : high + height] - integral[:, low : low + height]
             window = rows[:, :, high : high + width] - rows[:, :, low : low + width]
-            # Whole numbers below 2^24 are exact in float32, and those below 2^53 in float64.
-            exact = torch.float32 if width * (2 * scale**2) ** 2 <= 2**24 else torch.float64
+            # int32 is quickest, where a row of squares cannot overflow it; whole numbers below 2^53 are exact in float64.
+            exact = torch.int32 if width * (2 * scale**2) ** 2 < 2**31 else torch.float64
             for part in (window >> 16, window & 0xFFFF):
-                sums.append(part.to(exact).square_().sum(2).double().sum(1))
+                part = part.to(exact)
+                sums.append((part * part).sum(2, dtype=exact).double().sum(1))
         return torch.stack(sums, 1)
 
 
