@@ -137,6 +137,8 @@ def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | 
             )
     for part in ("model", "quantity", "transform", "cadence", "static_channels"):
         before, after = then[part], getattr(now, part)
+        if part == "model":  # what is asked of a reference is no matter to a network
+            before, after = ({**model, "slow": False} for model in (before, after))
         if part == "quantity":  # a network sees physical values: how they are packed and scored is no matter to it
             before, after = (
                 {key: quantity[key] for key in ("units", "floor", "relation")} for quantity in (before, after)

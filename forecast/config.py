@@ -172,7 +172,7 @@ def build_network(
         outputs=channels * head.channels,
         frame_size=(size[0], size[1]),
     )
-    if model.get("lagrangian"):
+    if model["lagrangian"]:
         network = build({"_target_": LAGRANGIAN}, network=network, head=head)
     return network, head
 
