@@ -174,7 +174,8 @@ def note(column: Column, draws: int) -> str:
     if enough.size:
         lines.append(f"{_range(enough)} events, drawn {draws:,} times; *: the interval excludes 0, n.s.: it does not.")
     if few.size:
-        lines.append(f"{_range(few)} events are too few for an interval, which takes {LEAST_EVENTS}.")
+        noun = "event is" if few.max() == 1 else "events are"
+        lines.append(f"{_range(few)} {noun} too few for an interval, which takes {LEAST_EVENTS}.")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The report of a test: which window is shown, and when the files are written."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,14 @@ class Report(pl.Callback):
         attributes = {"protocol": pl_module.scoring.protocol.to_text(), "provenance": json.dumps(source)}
         skills = {section: found.assign_attrs(attributes) for section, found in pl_module.results.items()}
         report.write(self.folder, skills, sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
+        # A file or a pipe has no width of its own.
+        console = Console(width=None if sys.stdout.isatty() else 120)
         for shown in tables(skills[ROOT]):
-            Console().print(shown)
+            console.print(shown)
         for logger in trainer.loggers:
             if hasattr(logger, "publish"):
                 logger.publish(self.folder, skills[ROOT], trainer.global_step)
-        Console().print(f"Written to {self.folder}: skill.nc, {', '.join(map(report.csv_name, skills))}, figures/")
+        console.print(f"Written to {self.folder}: skill.nc, {', '.join(map(report.csv_name, skills))}, figures/")
 
     def _sample(self, trainer: pl.Trainer, module: NowcastModule) -> report.Sample | None:
         """The window of the process that has the best one, on all processes, with what the models make of it."""
