@@ -52,7 +52,7 @@ def test_a_network_that_changes_nothing_extrapolates() -> None:
     raw = lagrangian(Change())(past, 3, static=NOTHING).raw
     come = displacement(velocity(past[:, :, 0]), 3)
     for step in range(3):
-        torch.testing.assert_close(raw[:, step], advected(past[:, -1], come[:, step]))
+        torch.testing.assert_close(raw[:, step], advected(past[:, -1], come[:, step], padding="border"))
     truth = moving(7)[:, 4:]
     persistence = (past[:, -1:] - truth).square().mean()
     assert (raw - truth).square().mean() < 0.05 * persistence
@@ -73,6 +73,13 @@ def test_a_change_is_carried_to_its_own_time() -> None:
     with_change, without = (lagrangian(Change(change))(past, 2, static=NOTHING).raw for change in (0.1, 0.0))
     inside = (..., slice(16, 48), slice(16, 48))
     torch.testing.assert_close((with_change - without)[inside], torch.full((1, 2, 1, 32, 32), 0.1))
+
+
+def test_rain_at_the_edge_goes_on_beyond_it() -> None:
+    past = torch.stack([blob(2 + 2 * t, 32) for t in range(3)]).view(1, 3, 1, 64, 64)
+    past[..., :32, :] = past[..., 31:32, :]  # a band that comes in over the left edge
+    raw = lagrangian(Change())(past, 2, static=NOTHING).raw
+    assert (raw[..., 8:24, 0] > 0.5 * past[:, -1:, :, 8:24, 0]).all()
 
 
 def test_static_fields_reach_the_network_and_gradients_do_too() -> None:

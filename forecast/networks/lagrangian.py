@@ -29,7 +29,7 @@ class Lagrangian(nn.Module):
     Reference: Ritvanen et al. (2023), IEEE JSTARS 16, 1654, doi 10.1109/JSTARS.2023.3238016. Their L-CNN forecasts
     derivatives in time by a U-Net in Lagrangian coordinates; ours forecasts the change since the issue time, by any network.
 
-    What comes in from outside the frame is 0 in model space: no echo.
+    What comes in from outside the frame is what lies at its edge.
 
     Args:
         network: the inner network.
@@ -78,4 +78,4 @@ class Lagrangian(nn.Module):
 
 def _carried(frames: Tensor, come: Tensor) -> Tensor:
     """Frames B L C H W, each along its own displacement B L 2 H W."""
-    return advected(frames.flatten(0, 1), come.flatten(0, 1)).unflatten(0, frames.shape[:2])
+    return advected(frames.flatten(0, 1), come.flatten(0, 1), padding="border").unflatten(0, frames.shape[:2])
