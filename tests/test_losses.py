@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from forecast.errors import UserError
 from forecast.heads import Bernoulli, Point
-from forecast.losses import Balanced, CrossEntropy, Loss, MeanAbsoluteError, MeanSquaredError
+from forecast.losses import Balanced, CrossEntropy, Loss, MeanAbsoluteError, MeanSquaredError, Quantile
 
 SHAPE = (2, 3, 1, 5, 4)  # B S C H W
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -18,6 +18,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "mae": lambda **options: MeanAbsoluteError(Point(), **options),
     "cross-entropy": lambda **options: CrossEntropy(Bernoulli(), **options),
     "balanced": lambda **options: Balanced(Point(), **options),
+    "quantile": lambda **options: Quantile(Point(), **options),
 }
 losses = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 reductions = pytest.mark.parametrize("reduction", ["pixel", "frame", "sequence"])
@@ -160,3 +161,24 @@ def test_losses_name_the_units_they_make_sense_for() -> None:
         "1",
         "mm/h",
     )
+
+
+@pytest.mark.parametrize("level", [0.2, 0.5, 0.8])
+def test_the_quantile_loss_is_least_at_that_quantile(level: float) -> None:
+    truth = torch.randn(1, 1, 1, 1, 2001, generator=torch.Generator().manual_seed(1)).exp()
+    loss, everywhere = Quantile(Point(), level=level), torch.ones_like(truth, dtype=torch.bool)
+    candidates = torch.linspace(0.05, 6, 600)
+    costs = torch.stack([loss(value.expand_as(truth), truth, everywhere, truth) for value in candidates])
+    assert float(candidates[costs.argmin()]) == pytest.approx(float(truth.quantile(level)), abs=0.02)
+
+
+def test_half_of_the_absolute_error_is_the_quantile_loss_of_the_median() -> None:
+    raw, target, valid, physical = data()
+    absolute = MeanAbsoluteError(Point())(raw, target, valid, physical)
+    torch.testing.assert_close(2 * Quantile(Point(), level=0.5)(raw, target, valid, physical), absolute)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.5])
+def test_a_level_that_is_none_is_refused(level: float) -> None:
+    with pytest.raises(UserError, match="a quantile lies between 0 and 1"):
+        Quantile(Point(), level=level)

@@ -92,6 +92,26 @@ def test_each_frame_is_forecast_once_in_validation_and_test(write_archive: Write
     assert (np.diff(starts) == 4).all()
 
 
+def test_of_several_places_drawn_the_wettest_is_cropped(write_archive: WriteArchive) -> None:
+    numbers = labelled(400, 12, 14)
+    data = radar(write_archive(times=LONG, numbers=numbers), crop=5, crop_draws=6)
+    data.setup()
+    train = data.windows("train")
+    wet = (data.quantity.decode(torch.from_numpy(numbers))[0] >= 10).numpy()
+    chosen = []
+    for position in range(20):
+        frames = slice(position, position + 7)
+        places = train.crop.places((12, 14), 2, position)
+        shares = [int(wet[frames, *place].sum()) for place in places]
+        rows, columns = places[chosen_place := int(np.argmax(shares))]
+        chosen.append(chosen_place)
+        batch = train[Draw(2, (position,))]
+        dealt = torch.cat([batch.past, batch.future], dim=1)[0, :, 0]
+        assert torch.equal(dealt, torch.from_numpy(numbers[frames, rows, columns]))
+    assert len(places) == 6
+    assert len(set(chosen)) > 1
+
+
 def test_crops_are_random_in_training_and_central_elsewhere(write_archive: WriteArchive) -> None:
     path = write_archive(times=LONG)
     data = radar(path, crop=6, eval_crop=8)
