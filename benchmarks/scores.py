@@ -164,7 +164,9 @@ def _jobs(case: Case) -> Jobs:
     }
     alone: Jobs = {}
     for kind in ("test", "validation"):
-        skill = Skill([kind], Scope(case.quantity, case.future, 1, size=size), None, metrics_of(cfg.metrics[kind], 0))
+        skill = Skill(
+            [kind], Scope(case.quantity, case.future, 1, size=size), None, metrics_of(kind, cfg.metrics[kind], 0)
+        )
         jobs[kind] = partial(skill.update, kind, *scored)
         alone |= {f"{kind}: {type(one).__name__}": partial(one.update, *scored) for one in skill.metrics(kind)}
     return jobs | alone

@@ -101,10 +101,14 @@ class FrameData(pl.LightningDataModule):
 
     def decoded(self, split: Split, positions: Sequence[int]) -> Iterator[Frames]:
         """Those windows of a split in that order, decoded, `batch_size` at a time and the rest at last: no padding."""
-        windows = self.windows(split)
+        windows = self.unweighted(split)
         for first in range(0, len(positions), self.batch_size):
             part = tuple(positions[first : first + self.batch_size])
             yield self.on_after_batch_transfer(windows[Draw(0, part)], 0)
+
+    def unweighted(self, split: Split) -> Windows:
+        """The windows of that split, drawn by chance alone where training favours some."""
+        return self.windows(split)
 
     def references(self) -> Mapping[str, Any]:
         """Forecasters that only this data can offer (an oracle that knows how the frames were made), by name."""

@@ -154,6 +154,12 @@ class RadarData(FrameData):
             raise UserError(f"data.split leaves nothing for {split}; give it a share or dates.")
         return self._windows[split]
 
+    def unweighted(self, split: Split) -> RadarWindows:
+        """The windows of that split at places drawn by chance alone, whatever `crop_draws` is."""
+        own = self.windows(split)
+        crop = own.crop._replace(draws=1)
+        return RadarWindows(own.archives, own.fields, own.index, self.past, self.future, crop)
+
     @property
     def fingerprint(self) -> str:
         """Of the archives, in order, and their static fields; not of how windows are cut from them."""

@@ -22,7 +22,7 @@ from rich.table import Table
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.intervals import DRAWS, LEAST_EVENTS, Pools, difference
-from forecast.protocol import Run, check_alike, read
+from forecast.protocol import ROOT, Run, check_alike, read
 from forecast.skill import catalogue, columns, derive
 from forecast.tables import REFERENCES
 
@@ -270,6 +270,7 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run that was tested")
     parser.add_argument("--reference", metavar="NAME", help="of a model; else extrapolation or persistence")
+    parser.add_argument("--section", default=ROOT, metavar="NAME", help="of skill.nc: subsample, accumulation_60min")
     parser.add_argument("--score", nargs="+", metavar="NAME", help="csi for all thresholds, or a column of skill.csv")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all rows as comma-separated values too")
     parser.add_argument("--draws", type=int, default=DRAWS, metavar="N", help=f"of the bootstrap; {DRAWS:,}")
@@ -278,7 +279,7 @@ def main() -> None:
     try:
         if options.draws < LEAST_DRAWS:
             raise UserError(f"--draws is {options.draws}; it must be at least {LEAST_DRAWS}.")
-        runs = [read(folder) for folder in dict.fromkeys(options.runs)]
+        runs = [read(folder, options.section) for folder in dict.fromkeys(options.runs)]
         check_alike(runs)
         entries = join(runs)
         reference = reference_of(entries, options.reference)

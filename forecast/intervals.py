@@ -15,8 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from forecast.metrics.coverage import Coverage
-from forecast.metrics.metric import AdditiveMetric
-from forecast.skill import catalogue, derive
+from forecast.skill import derive, metric_of
 
 LEVEL = 0.95
 """Of every interval."""
@@ -68,7 +67,7 @@ def difference(skill: xr.Dataset, score: str, reference: str, draws: int = DRAWS
     10.1175/1520-0434(1999)014<0155:HTFENP>2.0.CO;2 (paired, whole cases).
     """
     # Dropped rather than selected: so the coordinates stay, whose units `derive` reads.
-    counts = skill.drop_vars({*skill.data_vars} - {*Coverage.SUMS, *_sums(score)}).astype(np.float64)
+    counts = skill.drop_vars({*skill.data_vars} - {*Coverage.SUMS, *metric_of(score).SUMS}).astype(np.float64)
     pooled = _pools(counts.sum("block", skipna=False), score)
     events = _events(counts, score, reference)
     drawn = _resampled(counts, score, reference, draws, seed)
@@ -99,12 +98,6 @@ def widened(events: NDArray[Any]) -> Array:
         for n in known.tolist()
     ]
     return np.array(shares)[place].reshape(np.shape(events))
-
-
-def _sums(score: str) -> set[str]:
-    """The names of the sums that a score is read off."""
-    catalogue()  # by now every metric is imported
-    return {*next(metric.SUMS for metric in AdditiveMetric.__subclasses__() if score in metric.SCORES)}
 
 
 def _pools(counts: xr.Dataset, score: str) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:

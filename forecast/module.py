@@ -23,9 +23,9 @@ from forecast.batch import Forecast, Frames
 from forecast.errors import UserError
 from forecast.forecaster import Forecaster, NetworkForecaster, Prepared
 from forecast.losses import Loss
+from forecast.protocol import ROOT
 from forecast.references import predicted
 from forecast.scoring import Scoring
-from forecast.sections import ROOT
 from forecast.sharding import shard
 from forecast.units import Grid, Quantity
 
@@ -143,7 +143,7 @@ class NowcastModule(pl.LightningModule):
         loss, raw = self._loss(batch)
         self.validation_loss.update(loss, batch.valid.sum())
         self.log("validation/loss", self.validation_loss)
-        forecast = self._network.read(raw, batch.time)
+        forecast = self._network.read(raw, batch.time, self.scoring.validation_members)
         self.validation_skill.update(self.name, forecast, batch.truth, batch.valid, batch.block.clamp(max=0))
 
     def on_validation_epoch_end(self) -> None:

@@ -14,11 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import netCDF4
+import numpy as np
 import xarray as xr
 
 from forecast.errors import UserError
 from forecast.metrics.metric import AdditiveMetric, Scope
 from forecast.provenance import commit, hardware, versions
+from forecast.units import Transform, transform_to_dict
+
+ROOT = "/"
+"""The section of all windows: what NetCDF calls the outermost group."""
 
 RULES: Mapping[str, str] = {
     "events": "a value >= the threshold, in the forecast as in the truth",
@@ -50,8 +56,6 @@ class Protocol:
     """The same for every score."""
     scores: Mapping[str, Mapping[str, Any]]
     """The options of each metric, by the name of its class."""
-    members: int
-    """Ensemble members that were asked for; 0 asks for point forecasts."""
 
     @property
     def digest(self) -> str:
@@ -73,13 +77,12 @@ class Run(NamedTuple):
     provenance: Mapping[str, Any]
 
 
-def of(data: Any, metrics: Mapping[str, Callable[[Scope], AdditiveMetric]], members: int = 0) -> Protocol:
+def of(data: Any, metrics: Mapping[str, Callable[[Scope], AdditiveMetric]]) -> Protocol:
     """The protocol of a test.
 
     Args:
         data: a `datamodules.frames.FrameData` that is set up.
         metrics: what is scored, by any name: classes, or `functools.partial` of one with its options.
-        members: size of the ensembles that are asked for.
     """
     quantity = data.quantity.to_dict()
     terms = {
@@ -90,7 +93,6 @@ def of(data: Any, metrics: Mapping[str, Callable[[Scope], AdditiveMetric]], memb
         "quantity": {key: quantity[key] for key in ("name", "units", "floor", "thresholds", "relation")},
         "rules": RULES,
         "scores": dict(_options(metric) for metric in metrics.values()),
-        "members": members,
     }
     # Through JSON, so that what is read again is equal: tuples become lists.
     return Protocol(**json.loads(json.dumps(terms)))
@@ -143,22 +145,32 @@ def provenance_of(config: Mapping[str, Any], checkpoint: Mapping[str, Any] | Non
     }
 
 
-def read(folder: Path) -> Run:
+def read(folder: Path, section: str = ROOT) -> Run:
     """Reads the counts of a run, its protocol and its provenance.
 
+    Args:
+        folder: of the run.
+        section: a group of its skill.nc.
+
     Raises:
-        UserError: there is no skill.nc, or it was written without a protocol, or under one of another version.
+        UserError: there is no skill.nc or no such group, or it was written without a protocol, or under one of another
+            version.
     """
     path = folder / "skill.nc"
     if not path.is_file():
         raise UserError(f"There is no {path}; name the folder of a run that was scored, as run=test does.")
+    sections = [section]
     try:
-        with xr.open_dataset(path) as skill:
+        with netCDF4.Dataset(path) as stored:
+            sections = [ROOT, *stored.groups]
+        with xr.open_dataset(path, group=section) as skill:
             counts = skill[[name for name, data in skill.data_vars.items() if "block" in data.dims]]
             counts = counts.assign_coords(threshold=skill["threshold"]).load()
             protocol, provenance = (json.loads(skill.attrs[name]) for name in ("protocol", "provenance"))
         return Run(folder, counts, Protocol(**protocol), provenance)
     except (OSError, TypeError, ValueError, KeyError):
+        if section not in sections:
+            raise UserError(f"{path} has no section {section!r}; choose one of {', '.join(sections)}.") from None
         raise UserError(
             f"{path} does not say under which protocol it was scored, as this version does; score its checkpoint again "
             "by run=test."
@@ -174,18 +186,32 @@ def check_alike(runs: Sequence[Run]) -> None:
     first, *others = runs
     said = []
     for other in others:
-        if lines := differences(first.protocol, other.protocol):
+        if lines := [*differences(first.protocol, other.protocol), *_scored_differently(first.counts, other.counts)]:
             said += [f"{first.folder} | {other.folder}", *(f"  {line}" for line in lines)]
     if said:
         listed = "\n".join(said)
         raise UserError(f"These runs were scored under different protocols; score them alike by run=test:\n{listed}")
 
 
+def _scored_differently(one: xr.Dataset, other: xr.Dataset) -> Iterator[str]:
+    """What the protocol does not tell: other axes of a section, and a test that was cut short."""
+    for name in (name for name in one.coords if name in other.coords and name != "model"):
+        if not one[name].equals(other[name]):
+            yield f"{name}: {one[name].values.tolist()} | {other[name].values.tolist()}"
+            return
+    # The truth's valid pixels are those of the windows that were scored, whatever the model.
+    ours, theirs = (run["pixels"].isel(model=0).values for run in (one, other))
+    if not np.array_equal(ours, theirs):
+        yield f"valid pixels that were scored: {ours.sum()} | {theirs.sum()}"
+
+
 def _options(metric: Callable[[Scope], AdditiveMetric]) -> tuple[str, dict[str, Any]]:
     """The class of a metric, and all its options, also those that nobody gave."""
     made = metric.func if isinstance(metric, partial) else metric
     parameters = inspect.signature(metric).parameters.values()
-    return made.__name__, {one.name: one.default for one in parameters if one.default is not one.empty}
+    options = {one.name: one.default for one in parameters if one.default is not one.empty}
+    plain = {name: transform_to_dict(one) if isinstance(one, Transform) else one for name, one in options.items()}
+    return made.__name__, plain
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

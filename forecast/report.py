@@ -11,7 +11,7 @@ from forecast.curves import skill_figure, spectrum_figure
 from forecast.files import whole
 from forecast.film import write_film
 from forecast.plots import forecast_figure
-from forecast.sections import ROOT
+from forecast.protocol import ROOT
 from forecast.tables import to_csv
 from forecast.units import Grid, Quantity
 

@@ -8,7 +8,7 @@ from typing import Any
 from forecast import config, protocol
 from forecast.batch import Frames
 from forecast.errors import UserError
-from forecast.metrics.metric import Scope
+from forecast.metrics.metric import AdditiveMetric, Scope
 from forecast.protocol import Protocol
 from forecast.references import References, references_of
 from forecast.sections import Listed, Metrics, Sections, spread
@@ -30,6 +30,8 @@ class Scoring:
     protocol: Protocol
     members: int
     """Of the ensembles that are asked for in a test; 0 where no score is of ensembles."""
+    validation_members: int
+    """The same in validation."""
 
 
 def scoring_of(plain: Mapping[str, Any], data: Any) -> Scoring:
@@ -45,15 +47,14 @@ def scoring_of(plain: Mapping[str, Any], data: Any) -> Scoring:
     wanted = plain["metrics"]
     if not wanted["test"]:
         raise UserError("metrics.test names no score, so that nothing could be said of a test; take metrics=default.")
-    metrics = {kind: metrics_of(parts, plain["members"]) for kind, parts in wanted.items()}
-    ensembles = any(takes_members(part) for parts in wanted.values() for part in parts.values())
-    members = plain["members"] if ensembles else 0
+    metrics = {kind: metrics_of(kind, parts, plain["members"]) for kind, parts in wanted.items()}
+    ensembles = {kind for kind, parts in wanted.items() if any(map(takes_members, parts.values()))}
     accumulation, subsample, windows = plain["accumulation"], plain["subsample"], data.windows("test")
-    terms = protocol.of(data, metrics["test"], members)
+    terms = protocol.of(data, metrics["test"])
     positions = spread(len(windows), subsample["windows"])
     # The protocol is that of all windows; counts are kept of all sections together.
     scored = {kind: parts for kind, parts in wanted.items() if kind != "validation"}
-    more = {"metrics": scored, "accumulation": accumulation, "subsample": subsample}
+    more = {"metrics": scored, "accumulation": accumulation, "subsample": subsample, "members": plain["members"]}
     known = references_of(plain, data, {"protocol": asdict(terms), **more})
     scope = Scope(data.quantity, data.future, windows.blocks, size=data.grid.size)
     alone = Scope(data.quantity, data.future, 1, size=data.grid.size)
@@ -74,7 +75,8 @@ def scoring_of(plain: Mapping[str, Any], data: Any) -> Scoring:
         ),
         references=References(known, partial(history, data)),
         protocol=terms,
-        members=members,
+        members=plain["members"] if ensembles - {"validation"} else 0,
+        validation_members=plain["members"] if "validation" in ensembles else 0,
     )
 
 
@@ -85,8 +87,17 @@ def history(data: Any) -> Iterator[Frames]:
     return decoded
 
 
-def metrics_of(parts: Mapping[str, Any], members: int) -> Metrics:
-    """What makes each metric of a part of the configuration; those that ask for the ensembles' size are told it."""
+def metrics_of(kind: str, parts: Mapping[str, Any], members: int) -> Metrics:
+    """What makes each metric of a part of the configuration; those that ask for the ensembles' size are told it.
+
+    Raises:
+        UserError: one is no metric.
+    """
+    for name, part in parts.items():
+        place = f"metrics.{kind}.{name}"
+        target = config.find(place, part["_target_"])
+        if not (isinstance(target, type) and issubclass(target, AdditiveMetric)):
+            raise UserError(f"{place} is {part['_target_']}, which is no score; name a class of forecast/metrics.")
     return {
         name: config.build({**part, "_partial_": True}, **({} if "members" in part else {"members": members}))
         for name, part in parts.items()

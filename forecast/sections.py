@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from forecast.batch import Forecast, Frames
 from forecast.metrics.metric import AdditiveMetric, Scope
+from forecast.protocol import ROOT
 from forecast.skill import Skill
 from forecast.units import Quantity
 
 Metrics = Mapping[str, Callable[[Scope], AdditiveMetric]]
 """What makes each score, by a name."""
-ROOT = "/"
-"""All windows: what NetCDF calls the outermost group."""
 SUBSAMPLE = "subsample"
 HOUR = 3600
 
@@ -171,9 +170,14 @@ class Sections(nn.Module):
             when = {"long_name": "issue time", "units": "seconds since 1970-01-01"}
             if self.cadence is None:
                 when = {"long_name": "number of the sequence"}
-            found[SUBSAMPLE] = found[SUBSAMPLE].assign(
-                position=("window", np.array(self.listed.positions, dtype=np.int64), of),
-                issue_time=("window", np.array(self.listed.times, dtype=np.int64), when),
+            title = f"{found[SUBSAMPLE].attrs['title']}; subsample of {len(self.listed.positions)} windows"
+            found[SUBSAMPLE] = (
+                found[SUBSAMPLE]
+                .assign_attrs(title=title)
+                .assign(
+                    position=("window", np.array(self.listed.positions, dtype=np.int64), of),
+                    issue_time=("window", np.array(self.listed.times, dtype=np.int64), when),
+                )
             )
         return found
 

@@ -34,7 +34,7 @@ def tables(skill: xr.Dataset) -> list[Table]:
     groups = _groups(skill)
     scores = groups[0][1]
     values = [str(name) for name in scores if "threshold" not in scores[name].dims]
-    made = [_table(title, skill, [(label, group[values]) for label, group in groups])]
+    made = [_table(title, skill, [(label, group[values]) for label, group in groups])] if values else []
     events = [str(name) for name in scores if name not in values]
     thresholds = list(skill["threshold"].values) if events else []
     for index, threshold in enumerate(thresholds):
@@ -112,10 +112,11 @@ def _groups(skill: xr.Dataset) -> list[Group]:
     counts = skill.sum("block", skipna=False)
     scores = headline(derive(counts))
     pooled = headline(derive(counts.sum("lead_time", skipna=False)))
-    leads = scores.sizes["lead_time"]
+    lead_times = counts["lead_time"]
+    leads = lead_times.size
     # All lead times up to 12, of more every n-th and the last.
     rows = range(leads - 1, -1, -max(1, -(-leads // _ROWS)))[::-1]
-    groups = [(f"{float(scores['lead_time'][row]):g}", scores.isel(lead_time=row)) for row in rows]
+    groups = [(f"{float(lead_times[row]):g}", scores.isel(lead_time=row)) for row in rows]
     return [*groups, ("mean", scores.mean("lead_time", skipna=False)), ("pooled", pooled)]
 
 

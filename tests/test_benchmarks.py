@@ -27,7 +27,7 @@ def test_cost_names_each_default_score(tmp_path: Path, capsys: pytest.CaptureFix
     alone = [
         f"{kind}: {metric}" for kind in ("test", "validation") for metric in ("Continuous", "Contingency", "Fractions")
     ]
-    assert {"forward pass", "test", "validation", "test: PooledContingency", *alone} <= set(rows)
+    assert {"forward pass", "test", "validation", "test: Spectrum", *alone} <= set(rows)
     assert "python benchmarks/scores.py --cost" in written
     assert "## Beside pysteps" not in written
 

@@ -26,7 +26,7 @@ from forecast.units import Quantity
 
 QUANTITY = Quantity("rainfall_rate", "rain rate", "mm/h", (2.0, 4.0))
 METRICS = {"values": Continuous, "events": Contingency, "fractions": partial(Fractions, scales=(1, 2, 4))}
-PROTOCOL = Protocol({"windows": 12}, 3, 600, {"size": [6, 6]}, {"units": "mm/h"}, {}, {}, 0)
+PROTOCOL = Protocol({"windows": 12}, 3, 600, {"size": [6, 6]}, {"units": "mm/h"}, {}, {})
 Noise = Mapping[str, float]
 
 

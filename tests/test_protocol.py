@@ -18,10 +18,12 @@ from datamodules.radar import RadarData
 from datamodules.sampler import Draw
 from forecast import protocol
 from forecast.errors import UserError
+from forecast.metrics.balanced import Balanced
 from forecast.metrics.contingency import Contingency
 from forecast.metrics.continuous import Continuous
 from forecast.metrics.neighbourhood import Fractions
 from forecast.protocol import Protocol, check_alike, differences
+from forecast.units import Decibel
 
 LONG = every(400)  # enough for three splits with guards between them
 METRICS = {"values": Continuous, "events": Contingency}
@@ -133,6 +135,10 @@ def test_of_digits_only_the_test_sequences_count() -> None:
 
 def test_options_of_metrics_are_terms_with_their_defaults() -> None:
     data = digits()
+    pixel = protocol.of(data, {"any": partial(Balanced, transform=Decibel(relation="hko7"))}).scores["Balanced"][
+        "transform"
+    ]
+    assert pixel == {"kind": "Decibel", "relation": "hko7", "low": -10.0, "high": 60.0}
     given = protocol.of(data, {"any": partial(Fractions, scales=(1, 2))})
     assert given.scores == {"Fractions": {"scales": [1, 2]}}
     default = protocol.of(data, {"other": Fractions})
@@ -145,7 +151,6 @@ def test_a_metric_that_only_one_has_is_no_difference_but_another_digest() -> Non
     one, more = of(data), protocol.of(data, {**METRICS, "fss": partial(Fractions, scales=(2,))})
     assert differences(one, more) == []
     assert one.digest != more.digest
-    assert named(differences(one, protocol.of(data, METRICS, members=8))) == {"members"}
 
 
 def test_issue_times_are_those_of_the_batches(write_archive: WriteArchive) -> None:
@@ -164,6 +169,15 @@ def test_windows_are_decoded_as_they_are_named_and_nothing_is_added() -> None:
     assert [part.time.tolist() for part in frames] == [[4, 1, 19], [0]]
     expected = data.quantity.decode(data.windows("train")[Draw(0, (4, 1, 19, 0))].future)[0]
     assert torch.equal(torch.cat([part.truth for part in frames]), expected)
+
+
+def test_windows_are_seen_at_places_drawn_by_chance_though_training_crops_by_rain(write_archive: WriteArchive) -> None:
+    path = write_archive(times=every(400))
+    seen = []
+    for draws in (1, 8):
+        data = RadarData(path, past=3, future=4, batch_size=5, workers=0, seed=0, crop=5, crop_draws=draws)
+        seen.append(torch.cat([part.truth for part in data.decoded("train", range(20))]))
+    assert torch.equal(*seen)
 
 
 def test_many_sequences_share_few_blocks() -> None:
@@ -193,16 +207,36 @@ def test_provenance_tells_what_was_scored_and_what_that_was_trained_on() -> None
 
 
 def run(folder: Path, terms: Protocol) -> protocol.Run:
-    return protocol.Run(folder, xr.Dataset(), terms, {})
+    return protocol.Run(folder, counts(), terms, {})
+
+
+def counts(pixels: int = 30, threshold: float = 0.5) -> xr.Dataset:
+    return xr.Dataset({"pixels": (("model", "block"), [[pixels, 20]])}, {"threshold": [threshold]})
 
 
 def test_runs_that_were_scored_otherwise_are_refused_with_all_that_differs() -> None:
     terms = of(digits())
-    runs = [run(Path("a"), terms), run(Path("b"), terms), run(Path("c"), replace(terms, future=9, members=2))]
+    runs = [run(Path("a"), terms), run(Path("b"), terms), run(Path("c"), replace(terms, future=9, cadence=60))]
     check_alike(runs[:2])
     with pytest.raises(UserError) as refused:
         check_alike(runs)
-    assert str(refused.value).splitlines()[1:] == ["a | c", "  future: 4 | 9", "  members: 0 | 2"]
+    assert str(refused.value).splitlines()[1:] == ["a | c", "  future: 4 | 9", "  cadence: null | 60"]
+
+
+def test_a_test_that_was_cut_short_and_other_events_of_a_section_are_refused() -> None:
+    terms = of(digits())
+    whole = run(Path("a"), terms)
+    check_alike([whole, run(Path("b"), terms)])
+    with pytest.raises(UserError, match=r"valid pixels that were scored: 50 \| 40"):
+        check_alike([whole, whole._replace(counts=counts(pixels=20))])
+    with pytest.raises(UserError, match=r"threshold: \[0.5\] \| \[2.0\]"):
+        check_alike([whole, whole._replace(counts=counts(threshold=2.0))])
+
+
+def test_a_section_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    counts().to_netcdf(tmp_path / "skill.nc")
+    with pytest.raises(UserError, match="has no section 'subsample'; choose one of /"):
+        protocol.read(tmp_path, "subsample")
 
 
 def test_a_run_without_a_protocol_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from forecast.scoring import HISTORY, scoring_of
 from forecast.sections import SUBSAMPLE
 
 SMALL = ["model=persistence", "data.train=6", "data.test=7", "data.batch_size=2", "data.past=2", "data.future=2"]
-FEW = ["~metrics.test.pooled", "~metrics.test.fractions", "~metrics.test.spectrum", "subsample.windows=3"]
+FEW = ["~metrics.test.fractions", "~metrics.test.spectrum", "subsample.windows=3"]
 MINE = ["+model@references.mine=persistence", "references.mine.name=mine"]
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from forecast import report
 from forecast.batch import Frames
 from forecast.module import NowcastModule
-from forecast.protocol import provenance_of
-from forecast.sections import ROOT
+from forecast.protocol import ROOT, provenance_of
+from forecast.sections import SUBSAMPLE
 from forecast.tables import tables
 
 NOTHING = (float("-inf"), 0.0, 0.0)
@@ -67,8 +67,9 @@ class Report(pl.Callback):
         report.write(self.folder, skills, sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
         # A file or a pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120)
-        for shown in tables(skills[ROOT]):
-            console.print(shown)
+        for section in (ROOT, SUBSAMPLE):  # slow references are in the second alone
+            for shown in tables(skills[section]) if section in skills else ():
+                console.print(shown)
         for logger in trainer.loggers:
             if hasattr(logger, "publish"):
                 logger.publish(self.folder, skills[ROOT], trainer.global_step)

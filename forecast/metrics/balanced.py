@@ -14,7 +14,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score, Sum, ratio
 from forecast.units import Decibel, Transform
 
 
@@ -73,11 +73,11 @@ class Balanced(AdditiveMetric):
         self.weights = (1.0, *weights)
         self.transform = Decibel("hko7") if transform is None else transform
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, comparable = scored(forecast.mean, truth, valid, block)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        compared, truth = pixels.compared, pixels.truth
         floor = self.scope.quantity.floor
         f, o = (
-            self.transform.forward(torch.where(comparable, field.double(), floor)) for field in (forecast.mean, truth)
+            self.transform.forward(torch.where(compared, field.double(), floor)) for field in (pixels.forecast, truth)
         )
         # right=True counts the thresholds that are at or below the value: `>=`, as everywhere.
         level = torch.bucketize(truth.contiguous(), truth.new_tensor(self.thresholds), right=True)
@@ -85,7 +85,7 @@ class Balanced(AdditiveMetric):
         error = (f - o).abs()  # 0 where both hold the floor
         self.add("balanced_squared_error_sum", block, (weight * error.square()).flatten(2).sum(2))
         self.add("balanced_absolute_error_sum", block, (weight * error).flatten(2).sum(2))
-        self.add("balanced_frames", block, comparable.flatten(3).any(3).sum(2))
+        self.add("balanced_frames", block, compared.flatten(3).any(3).sum(2))
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -24,7 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Counts, Score, Sum, by_frame, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Score, Sum, by_frame, count, known, ratio
 
 
 def csi(hits: Counts, misses: Counts, false_alarms: Counts) -> Counts:
@@ -153,9 +153,8 @@ class Contingency(AdditiveMetric):
     def coordinates(self) -> dict[str, xr.Variable]:
         return {"threshold": self.scope.threshold}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, defined = scored(forecast.mean, truth, valid, block)
-        counted = table(forecast.mean, truth, defined, self.scope.quantity.thresholds)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        counted = table(pixels.forecast, pixels.truth, pixels.gap, self.scope.quantity.thresholds)
         for name, values in zip(self.SUMS, counted, strict=True):
             self.add(name, block, values)
 
@@ -175,40 +174,34 @@ class Contingency(AdditiveMetric):
         }
 
 
-def table(forecast: Tensor, truth: Tensor, defined: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
+def table(forecast: Tensor, truth: Tensor, gap: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
     """Hits, misses, false alarms and correct negatives.
 
     Args:
         forecast, truth: B S C H W.
-        defined: B S C H W bool; other pixels are counted nowhere.
+        gap: B S C H W, NaN at pixels that are counted nowhere, else 0.
         thresholds: P of them.
 
     Returns:
         B S P int64 each.
     """
 
-    def count(f: Tensor, o: Tensor, known: Tensor) -> Tensor:
+    def counts(f: Tensor, o: Tensor, gap: Tensor) -> Tensor:
         """F 3 (1 + P): pixels three times, then hits, events of the truth and events of the forecast."""
-        columns = [_count(known).expand(3, -1)]
-        # Minus infinity is no event, whatever the threshold.
-        f, o = (torch.where(known, values, -torch.inf) for values in (f, o))
+        columns = [known(gap).expand(3, -1)]
+        f, o = f + gap, o + gap
         for threshold in thresholds:
             forecast_events, truth_events = events(f, threshold), events(o, threshold)
             both = forecast_events * truth_events
-            columns.append(torch.stack([_count(one) for one in (both, truth_events, forecast_events)]))
+            columns.append(torch.stack([count(one) for one in (both, truth_events, forecast_events)]))
         return torch.stack(columns, 2).transpose(0, 1)
 
     # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
-    counts = by_frame(count, forecast.to(truth.dtype), truth, defined)
-    pixels, (hits, observed, forecasts) = counts[:, :, 0, :1], counts[..., 1:].unbind(2)
+    found = by_frame(counts, forecast.to(truth.dtype), truth, gap)
+    pixels, (hits, observed, forecasts) = found[:, :, 0, :1], found[..., 1:].unbind(2)
     return hits, observed - hits, forecasts - hits, pixels - observed - forecasts + hits
 
 
 def events(values: Tensor, threshold: float) -> Tensor:
-    """1 where a value is at or above the threshold, else 0, in float32: four times quicker than bool."""
+    """1 where a value is at or above the threshold, else 0, in float32: four times quicker than bool. NaN is no event."""
     return torch.ge(values, threshold, out=torch.empty_like(values, dtype=torch.float32))
-
-
-def _count(where: Tensor) -> Tensor:
-    """Zeros and ones, F C H W -> F int64: exact, since no row is longer than float32 counts."""
-    return where.sum(3).long().sum((1, 2))

@@ -18,7 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Counts, Score, Sum, by_frame, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Score, Sum, by_frame, ratio
 
 # Below this share of the mean square, a variance is rounding: 1e-6 of the values is some units in float32's last place.
 _CONSTANT = 1e-12
@@ -111,9 +111,8 @@ class Continuous(AdditiveMetric):
         "correlation": Score("Pearson correlation", best=1.0, heading="correlation"),
     }
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, defined = scored(forecast.mean, truth, valid, block)
-        sums = by_frame(_moments, forecast.mean, truth, defined)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        sums = by_frame(_moments, pixels.forecast, pixels.truth, pixels.gap)
         for name, values in zip(self.SUMS, sums.unbind(2), strict=True):
             self.add(name, block, values)
 
@@ -130,17 +129,18 @@ class Continuous(AdditiveMetric):
         }
 
 
-def _moments(forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
+def _moments(forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
     """F C H W each -> F 8, the sums of `Continuous`."""
-    f, o = _numbers(forecast, defined), _numbers(truth, defined)
+    f, o = _numbers(forecast, gap), _numbers(truth, gap)
     error = f - o
-    terms = (error, error.abs(), error * error, f, o, f * f, o * o, f * o)
-    return torch.stack([term.sum(1) for term in terms], 1)
+    # One product at a time, so that its memory serves the next one.
+    values = [error.sum(1), error.abs().sum(1), (error * error).sum(1), f.sum(1), o.sum(1)]
+    return torch.stack([*values, (f * f).sum(1), (o * o).sum(1), (f * o).sum(1)], 1)
 
 
-def _numbers(values: Tensor, defined: Tensor) -> Tensor:
-    """F C H W -> F N float64, 0 where not defined: chosen, not multiplied, since NaN times 0 is NaN."""
-    return torch.where(defined, values, 0.0).flatten(1).double()
+def _numbers(values: Tensor, gap: Tensor) -> Tensor:
+    """F C H W -> F N float64, 0 where there is a gap."""
+    return (values + gap).nan_to_num_(0.0).flatten(1).double()
 
 
 def cosine(cosine_sum: Counts, cosine_frames: Counts) -> Counts:
@@ -165,18 +165,19 @@ class Cosine(AdditiveMetric):
     }
     SCORES: ClassVar[Mapping[str, Score]] = {"cosine": Score("cosine (uncentred correlation)", best=1.0)}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, defined = scored(forecast.mean, truth, valid, block)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
         floor = self.scope.quantity.floor
 
-        def cosines(forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
-            f, o = (_numbers(values - floor, defined) for values in (forecast, truth))
+        def cosines(forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
+            f, o = (_numbers(values - floor, gap) for values in (forecast, truth))
             squares = (f * f).sum(1), (o * o).sum(1)
             norm = (squares[0] * squares[1]).sqrt()
             cosine = torch.where(norm > 0, (f * o).sum(1) / norm, 0.0)
             return torch.stack([cosine, (squares[0] + squares[1] > 0).double()], 1)
 
-        for name, values in zip(self.SUMS, by_frame(cosines, forecast.mean, truth, defined).unbind(2), strict=True):
+        for name, values in zip(
+            self.SUMS, by_frame(cosines, pixels.forecast, pixels.truth, pixels.gap).unbind(2), strict=True
+        ):
             self.add(name, block, values)
 
     @classmethod

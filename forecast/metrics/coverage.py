@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Score, Sum, by_frame, scored
+from forecast.metrics.metric import AdditiveMetric, Pixels, Score, Sum, by_frame, count, known
 
 
 class Coverage(AdditiveMetric):
@@ -27,21 +27,16 @@ class Coverage(AdditiveMetric):
     }
     SCORES: ClassVar[Mapping[str, Score]] = {}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        counted, defined = scored(forecast.mean, truth, valid, block)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        gap = pixels.gap
         for part in (forecast.members, forecast.exceedance):
             if part is not None:
-                defined = defined & torch.isfinite(part).all(1)
-        pixels = by_frame(_count, counted)
-        self.add("pixels", block, pixels)
-        self.add("undefined", block, pixels - by_frame(_count, defined))
-        self.add("samples", block, pixels > 0)
+                gap = torch.where(torch.isfinite(part).all(1), gap, torch.nan)
+        counted = by_frame(lambda one: count(one.int()), pixels.counted)
+        self.add("pixels", block, counted)
+        self.add("undefined", block, counted - by_frame(known, gap))
+        self.add("samples", block, counted > 0)
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
         return {}
-
-
-def _count(where: Tensor) -> Tensor:
-    """F C H W bool -> F int64."""
-    return where.flatten(1).sum(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Counts, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, paired, ratio
 
 _AT_ONCE = 2**20  # numbers of members looked at together: 8 MiB in float64, of which some copies live at a time
 
@@ -127,8 +127,8 @@ class Ensemble(AdditiveMetric):
         notes = {"long_name": "members below the truth", "units": "1"}
         return {"rank": xr.Variable("rank", torch.arange(self.members + 1).numpy(), notes)}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        """Add one batch; see `AdditiveMetric.update`.
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        """Adds one batch; see `AdditiveMetric.update`.
 
         Raises:
             UserError: the forecast has another number of members than was announced.
@@ -140,13 +140,13 @@ class Ensemble(AdditiveMetric):
                 f"A forecast has {count} members where the scores of ensembles expect {self.members}; "
                 "ask the model and the scores for the same number of members."
             )
-        samples, steps = truth.shape[:2]
+        samples, steps = pixels.truth.shape[:2]
         sums: dict[str, Tensor] = {}
-        for rows, leads in _pieces(samples, steps, _AT_ONCE // (count * truth.shape[2:].numel())):
-            seen = truth[rows, leads].double()
+        for rows, leads in _pieces(samples, steps, _AT_ONCE // (count * pixels.truth.shape[2:].numel())):
+            seen = pixels.truth[rows, leads].double()
             errors = members[rows, :, leads].double() - seen.unsqueeze(1)
             # A mean over members is finite where all of them are.
-            _, defined = scored(errors.mean(1), seen, valid[rows, leads], block[rows])
+            defined = paired(errors.mean(1), seen, pixels.counted[rows, leads], block[rows]).compared
             errors = torch.where(defined.unsqueeze(1), errors, 0.0).movedim(1, 2).flatten(3)
             for name, values in self._sums(errors, defined.flatten(2)).items():
                 whole = sums.setdefault(name, values.new_zeros(samples, steps, *values.shape[2:]))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score, Sum, ratio
 
 HIGHEST = 100.0
 """dB, the PSNR of a frame without error: infinity would hide all others in a mean."""
@@ -139,22 +139,22 @@ class Image(AdditiveMetric):
         self.data_range = 1.0 if data_range is None else data_range
         self.convention = CONVENTIONS[convention]
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, comparable = scored(forecast.mean, truth, valid, block)
-        pixels = comparable.flatten(3).sum(3)
-        seen = pixels > 0
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        compared = pixels.compared
+        count = compared.flatten(3).sum(3)
+        seen = count > 0
         similarities, errors = [], []
         # A lead time at once, to bound the memory.
-        for frames in zip(forecast.mean.unbind(1), truth.unbind(1), comparable.unbind(1), strict=True):
+        for frames in zip(pixels.forecast.unbind(1), pixels.truth.unbind(1), compared.unbind(1), strict=True):
             f, o = (self._image(field, frames[2]) for field in frames[:2])
             similarities.append(ssim(f, o, self.convention))
             errors.append((f - o).square().sum((-2, -1)))
         similarity, error = torch.stack(similarities, 1), torch.stack(errors, 1)
         self.add("ssim_sum", block, torch.where(seen, similarity, 0.0).sum(2))
-        self.add("psnr_sum", block, torch.where(seen, psnr(error / pixels.clamp_min(1)), 0.0).sum(2))
+        self.add("psnr_sum", block, torch.where(seen, psnr(error / count.clamp_min(1)), 0.0).sum(2))
         self.add("image_frames", block, seen.sum(2))
         self.add("image_error_sum", block, error.sum(2))
-        self.add("image_pixels", block, pixels.sum(2))
+        self.add("image_pixels", block, count.sum(2))
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

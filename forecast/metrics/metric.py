@@ -81,10 +81,29 @@ class Score(NamedTuple):
     """Where they are no power of the quantity's."""
 
 
+class Pixels(NamedTuple):
+    """The point forecast and the truth of a batch, with what all metrics ask of them."""
+
+    forecast: Tensor
+    """B S C H W, in physical units; any numbers may lie where there is nothing to compare."""
+    truth: Tensor
+    """B S C H W, in the same units."""
+    counted: Tensor
+    """B S C H W bool: valid, in a sample that is no padding."""
+    gap: Tensor
+    """B S C H W: 0 where forecast and truth can be compared, which are counted and finite; else NaN. Added to them, it hides
+    the rest: NaN is no event, and `nan_to_num` makes it any number, both several times quicker than `torch.where`."""
+
+    @property
+    def compared(self) -> Tensor:
+        """B S C H W bool: counted, and finite in both."""
+        return self.gap == 0
+
+
 class AdditiveMetric(Metric):
     """Sums by block and lead time over the valid pixels of batches, in int64 and float64 whatever the training's precision.
 
-    A subclass declares SUMS and SCORES, gives the coordinates of its further axes, adds a batch in `update` by `add`, and
+    A subclass declares SUMS and SCORES, gives the coordinates of its further axes, adds a batch in `collect` by `add`, and
     reads its scores in `scores`. Its constructor takes the scope first, then its options by name; an instance says
     nothing that its dataset does not say.
 
@@ -111,8 +130,9 @@ class AdditiveMetric(Metric):
         """Of the further axes: values with long_name and units. Called by the constructor: set options before it."""
         return {}
 
-    @abstractmethod
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+    def update(
+        self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor, pixels: Pixels | None = None
+    ) -> None:
         """Add one batch.
 
         Args:
@@ -120,7 +140,13 @@ class AdditiveMetric(Metric):
             truth: B S C H W, in the same units.
             valid: B S C H W bool; other pixels add nothing, whatever numbers lie there.
             block: B int64, 0 to blocks-1; a sample of block -1 is padding and adds nothing.
+            pixels: what `paired` makes of these, where it is known already.
         """
+        self.collect(forecast, pixels or paired(forecast.mean, truth, valid, block), block)
+
+    @abstractmethod
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        """Adds one batch to the states; see `update`."""
 
     @classmethod
     @abstractmethod
@@ -155,19 +181,20 @@ class AdditiveMetric(Metric):
         return self
 
 
-def scored(forecast: Tensor, truth: Tensor, valid: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pixels count, and of those which can be compared.
+def paired(forecast: Tensor, truth: Tensor, valid: Tensor, block: Tensor) -> Pixels:
+    """Point forecast and truth, once for all metrics.
 
     Args:
         forecast, truth: B S C H W.
         valid, block: as in `AdditiveMetric.update`.
-
-    Returns:
-        B S C H W bool each: valid in a sample that is no padding; and, of those, finite in forecast and truth.
     """
+
+    def gaps(f: Tensor, o: Tensor, counted: Tensor) -> Tensor:
+        # 0 times a number that is not finite is NaN, and so is 0 / 0.
+        return ((f * 0 + o * 0) / counted.int()).to(o.dtype)
+
     counted = valid & (block >= 0).view(-1, 1, 1, 1, 1)
-    # 0 times a number that is not finite is NaN: quicker than torch.isfinite of both.
-    return counted, by_frame(lambda f, o, known: known & (f * 0 + o * 0 == 0), forecast, truth, counted)
+    return Pixels(forecast, truth, counted, by_frame(gaps, forecast, truth, counted))
 
 
 def by_frame(compute: Callable[..., Tensor], *fields: Tensor) -> Tensor:
@@ -182,7 +209,17 @@ def by_frame(compute: Callable[..., Tensor], *fields: Tensor) -> Tensor:
     """
     size = fields[0].shape
     # An accelerator wants more to do at once; its memory still holds it.
-    pixels = 2**17 if fields[0].device.type == "cpu" else 2**24
-    few = max(1, pixels // max(1, size[2:].numel()))
+    pixels = 2**16 if fields[0].device.type == "cpu" else 2**24
+    few = 1 + pixels // max(1, size[2:].numel())
     parts = zip(*(field.flatten(0, 1).split(few) for field in fields), strict=True)
     return torch.cat([compute(*part) for part in parts]).unflatten(0, size[:2])
+
+
+def count(ones: Tensor) -> Tensor:
+    """Zeros and ones, F C H W -> F int64: exact, since no row is longer than float32 counts."""
+    return ones.sum(3).long().sum((1, 2))
+
+
+def known(gap: Tensor) -> Tensor:
+    """Pixels that can be compared, by `Pixels.gap`: F C H W -> F int64."""
+    return count(torch.eq(gap, 0, out=torch.empty_like(gap)))

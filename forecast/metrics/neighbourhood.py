@@ -18,7 +18,7 @@ from torch import Tensor
 from forecast.batch import Forecast
 from forecast.errors import UserError
 from forecast.metrics import contingency
-from forecast.metrics.metric import AdditiveMetric, Counts, Scope, Score, Sum, by_frame, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, by_frame, count, ratio
 
 _LARGEST = 181
 """Pixels; the square of a larger window does not fit into the 16 bits that a count has."""
@@ -74,7 +74,7 @@ class Fractions(AdditiveMetric):
         "fss_useful_scale": Score("smallest useful scale by the fractions skill score", units="pixels"),
     }
 
-    def __init__(self, scope: Scope, scales: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> None:
+    def __init__(self, scope: Scope, scales: Sequence[int] = (2, 8, 32)) -> None:
         self.scales = _sizes("scales", scales, _LARGEST)
         super().__init__(scope)
 
@@ -82,14 +82,13 @@ class Fractions(AdditiveMetric):
         about = {"long_name": "side of the window", "units": "pixels"}
         return {"threshold": self.scope.threshold, "scale": xr.Variable("scale", np.asarray(self.scales), about)}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, defined = scored(forecast.mean, truth, valid, block)
-        sums = by_frame(self._sums, forecast.mean.to(truth.dtype), truth, defined)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        sums = by_frame(self._sums, pixels.forecast.to(pixels.truth.dtype), pixels.truth, pixels.gap)
         d, s = sums[..., :-1].unflatten(-1, (len(self.scales), 2)).unbind(-1)
-        pixels = torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 2
-        self.add("fractions_difference", block, d / pixels**2)
+        windows = torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 4
+        self.add("fractions_difference", block, d / windows)
         # f^2 + o^2 = (d^2 + s^2) / 2, for d = f - o and s = f + o
-        self.add("fractions_square", block, (d + s) / 2 / pixels**2)
+        self.add("fractions_square", block, (d + s) / 2 / windows)
         self.add("observed_events", block, sums[..., -1])
 
     @classmethod
@@ -98,53 +97,68 @@ class Fractions(AdditiveMetric):
         frequency = ratio(counts["observed_events"], counts["pixels"])
         return {"fss": score, "fss_useful_scale": useful_scale(score, frequency)}
 
-    def _sums(self, forecast: Tensor, truth: Tensor, defined: Tensor) -> Tensor:
+    def _sums(self, forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
         """F C H W each -> F P (scales x 2 + 1): the sums of `_windows`, and the events of the truth."""
-        # Minus infinity is no event, whatever the threshold.
-        f, o = (torch.where(defined, values, -torch.inf).flatten(0, 1) for values in (forecast, truth))
+        f, o = ((field + gap).flatten(0, 1) for field in (forecast, truth))
         thresholds = self.scope.quantity.thresholds
         sums = f.new_zeros((len(f), len(thresholds), 2 * len(self.scales) + 1), dtype=torch.float64)
         for column, threshold in enumerate(thresholds):
             forecast_events, truth_events = contingency.events(f, threshold), contingency.events(o, threshold)
-            observed = truth_events.sum(2).double().sum(1)
+            observed, forecasts = count(truth_events[:, None]), count(forecast_events[:, None])
             # An image without events adds nothing, and costs nothing more.
-            some = (forecast_events.sum((1, 2)) + observed).nonzero().flatten()
+            some = (forecasts + observed).nonzero().flatten()
             if len(some) < len(f):
                 forecast_events, truth_events = forecast_events[some], truth_events[some]
             if len(some):
                 sums[some, column, :-1] = self._windows(forecast_events, truth_events)
-                sums[:, column, -1] = observed
+                sums[:, column, -1] = observed.double()
         return sums.unflatten(0, truth.shape[:2]).sum(1)
 
     def _windows(self, forecast: Tensor, truth: Tensor) -> Tensor:
         """Sums over all windows, in whole numbers.
 
         Args:
-            forecast, truth: zeros and ones, F H W.
+            forecast, truth: zeros and ones, F H W; the forecast's are overwritten.
 
         Returns:
             F (scales x 2): of (f - o)^2 and (f + o)^2, with f and o the events in a window.
         """
-        height, width = truth.shape[1:]
-        before = max(self.scales) // 2 + 1
-        after = max(0, max(self.scales) - before)
-        # Both fields in one: d = forecast - truth in the upper 16 bits, s = forecast + truth in the lower ones. Sums over
-        # an image overflow and wrap around; their differences, which are sums over windows, come out whole.
-        d, s = forecast - truth, forecast + truth
-        packed = F.pad(torch.add(s, d, alpha=1 << 16).int(), (before, after, before, after))
-        integral = packed.cumsum(2, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+        images, height, width = truth.shape
+        # Images lie one after another in a row of numbers, with zeros to the right of each line and below each image, which
+        # are to the left of the next line and above the next image too. A window begins at its upper left corner, and is the
+        # sum of smaller ones, scale by scale.
+        margin = max(self.scales) // 2
+        rows, line = height + margin, width + margin
+        first = margin * line + margin
+        strides = rows * line, line, 1
+        # Both fields in one: d = forecast - truth in the upper 16 bits, s = forecast + truth in the lower ones.
         sums = []
+        side, window = 1, torch.zeros(first + images * rows * line, dtype=torch.int32, device=truth.device)
+        events = window
+        events.as_strided(truth.shape, strides, first).copy_(forecast.mul_(1 + 2**16).add_(truth, alpha=1 - 2**16))
         for scale in self.scales:
-            low = before - scale // 2 - 1
-            high = low + scale
-            rows = integral[:, high : high + height] - integral[:, low : low + height]
-            window = rows[:, :, high : high + width] - rows[:, :, low : low + width]
+            if scale % side:
+                side, window = 1, events
+            times = scale // side
+            window = _runs(_runs(window, times, side), times, side * line)
+            side = scale
+            inside = window.as_strided(truth.shape, strides, first - scale // 2 * (line + 1))
             # int32 is quickest, where a row of squares cannot overflow it; whole numbers below 2^53 are exact in float64.
             exact = torch.int32 if width * (2 * scale**2) ** 2 < 2**31 else torch.float64
-            for part in (window >> 16, window & 0xFFFF):
+            for part in (inside >> 16, inside & 0xFFFF):
                 part = part.to(exact)
-                sums.append((part * part).sum(2, dtype=exact).double().sum(1))
+                sums.append(part.mul_(part).sum(2, dtype=exact).double().sum(1))
         return torch.stack(sums, 1)
+
+
+def _runs(values: Tensor, length: int, step: int) -> Tensor:
+    """Sums of `length` values that lie `step` apart, beginning with each that has so many after it; by doubling."""
+    if length == 1:
+        return values
+    half = length // 2 * step
+    sums = _runs(values, length // 2, step)
+    sums = sums[:-half] + sums[half:]
+    return sums if length % 2 == 0 else sums[:-step] + values[(length - 1) * step :]
 
 
 class PooledContingency(AdditiveMetric):
@@ -182,15 +196,17 @@ class PooledContingency(AdditiveMetric):
         about = {"long_name": "side of the blocks", "units": "pixels"}
         return {"threshold": self.scope.threshold, "pool": xr.Variable("pool", np.asarray(self.pools), about)}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, defined = scored(forecast.mean, truth, valid, block)
-        f = torch.where(defined, forecast.mean.to(truth.dtype), -torch.inf).flatten(0, 1)
-        o = torch.where(defined, truth, -torch.inf).flatten(0, 1)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        size, dtype = pixels.truth.shape, pixels.truth.dtype
+        # A maximum forgets minus infinity, unless there is nothing else: 0 times it is NaN.
+        f, o = (
+            (field.to(dtype) + pixels.gap).nan_to_num_(-torch.inf).flatten(0, 1)
+            for field in (pixels.forecast, pixels.truth)
+        )
         by_pool = []
         for pool in self.pools:
-            highest_f, highest_o = (F.max_pool2d(x, pool, ceil_mode=True).unflatten(0, truth.shape[:2]) for x in (f, o))
-            counted = torch.isfinite(highest_o)
-            by_pool.append(contingency.table(highest_f, highest_o, counted, self.scope.quantity.thresholds)[:3])
+            highest_f, highest_o = (F.max_pool2d(x, pool, ceil_mode=True).unflatten(0, size[:2]) for x in (f, o))
+            by_pool.append(contingency.table(highest_f, highest_o, highest_o * 0, self.scope.quantity.thresholds)[:3])
         for name, values in zip(self.SUMS, zip(*by_pool, strict=True), strict=True):
             self.add(name, block, torch.stack(values, -1))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Counts, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, paired, ratio
 
 _AT_ONCE = 2**20  # pixels looked at together, a sample at least: 8 MiB in float64, of which some copies live at a time
 _BIN = "probability_bin"
@@ -136,11 +136,12 @@ class Probability(AdditiveMetric):
         bins = torch.arange(self.members + 1, dtype=torch.float64) / self.members
         return {"threshold": self.scope.threshold, _BIN: xr.Variable(_BIN, bins.numpy(), notes)}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
         members = forecast.mean.unsqueeze(1) if forecast.members is None else forecast.members
         evidence = members if forecast.exceedance is None else forecast.exceedance
-        samples = max(1, _AT_ONCE // truth.shape[1:].numel())
-        for part in zip(*(whole.split(samples) for whole in (evidence, truth, valid, block)), strict=True):
+        samples = max(1, _AT_ONCE // pixels.truth.shape[1:].numel())
+        wholes = evidence, pixels.truth, pixels.counted, block
+        for part in zip(*(whole.split(samples) for whole in wholes), strict=True):
             self._update(*part, given=forecast.exceedance is not None)
 
     @classmethod
@@ -163,7 +164,7 @@ class Probability(AdditiveMetric):
     def _update(self, evidence: Tensor, truth: Tensor, valid: Tensor, block: Tensor, *, given: bool) -> None:
         """Some samples of a batch; the evidence is given probabilities, B P S C H W, or members, B M S C H W."""
         # A mean over members, or over thresholds, is finite where all of them are.
-        _, defined = scored(evidence.mean(1), truth, valid, block)
+        defined = paired(evidence.mean(1), truth, valid, block).compared
         found = []
         for index, threshold in enumerate(self.scope.quantity.thresholds):
             probability = evidence[:, index].double() if given else _share(evidence, threshold, truth.dtype)

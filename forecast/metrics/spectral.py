@@ -24,7 +24,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score, Sum, by_frame, ratio
 
 FINE = 8
 """Pixels; shorter waves are the detail that sharpness looks at."""
@@ -143,17 +143,12 @@ class Spectrum(AdditiveMetric):
         values = np.arange((longer + 1) // 2) / longer
         return {"wavenumber": xr.Variable("wavenumber", values, {"long_name": "wavenumber", "units": "cycles/pixel"})}
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, comparable = scored(forecast.mean, truth, valid, block)
-        # A lead time at once, which keeps the transforms small enough for the processor's cache.
-        powers = [
-            self._powers(*frames)
-            for frames in zip(forecast.mean.unbind(1), truth.unbind(1), comparable.unbind(1), strict=True)
-        ]
-        for name, values in zip(self.SUMS, zip(*powers, strict=True), strict=False):
-            self.add(name, block, torch.stack(values, 1))
-        _, cells = _rings(self.size, truth.device)
-        frames = comparable.flatten(3).any(3).sum(2)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        powers = by_frame(self._powers, pixels.forecast, pixels.truth, pixels.gap)
+        for name, values in zip(self.SUMS, powers.unbind(2), strict=False):
+            self.add(name, block, values)
+        _, cells = _rings(self.size, pixels.truth.device)
+        frames = pixels.compared.flatten(3).any(3).sum(2)
         self.add("ring_cells", block, frames[..., None] * cells)
 
     @classmethod
@@ -172,12 +167,12 @@ class Spectrum(AdditiveMetric):
             "effective_resolution": effective_resolution(forecast_power, truth_power),
         }
 
-    def _powers(self, forecast: Tensor, truth: Tensor, comparable: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Power of the forecast, of the truth and of their product, of frames B C H W: B K each."""
+    def _powers(self, forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
+        """Power of the forecast, of the truth and of their product, of frames F C H W: F 3 K."""
         floor = self.scope.quantity.floor
         # In float64, which costs little here, so that the weakest waves are not the rounding of the strongest.
-        f, o = (torch.fft.rfft2(torch.where(comparable, field.double() - floor, 0.0)) for field in (forecast, truth))
-        return self._by_ring(f, f), self._by_ring(o, o), self._by_ring(f, o)
+        f, o = (torch.fft.rfft2(((field + gap).double() - floor).nan_to_num_(0.0)) for field in (forecast, truth))
+        return torch.stack([self._by_ring(f, f), self._by_ring(o, o), self._by_ring(f, o)], 1)
 
     def _by_ring(self, a: Tensor, b: Tensor) -> Tensor:
         """Re(a conj b) / (H W), added up over channels and the cells of each ring: B C H W/2+1 complex -> B K."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Scope, Score, Sum, ratio, scored
+from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score, Sum, ratio
 
 COMPONENTS = ("structure", "amplitude", "location")
 
@@ -69,20 +69,20 @@ class SAL(AdditiveMetric):
         super().__init__(scope)
         _salscores()
 
-    def update(self, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> None:
-        _, comparable = scored(forecast.mean, truth, valid, block)
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        compared = pixels.compared
         floor = self.scope.quantity.floor
         f, o = (
-            torch.where(comparable, field.double() - floor, 0.0).flatten(0, 2).cpu().numpy()
-            for field in (forecast.mean, truth)
+            torch.where(compared, field.double() - floor, 0.0).flatten(0, 2).cpu().numpy()
+            for field in (pixels.forecast, pixels.truth)
         )
-        seen = comparable.flatten(3).any(3)
+        seen = compared.flatten(3).any(3)
         values = np.full((len(o), len(COMPONENTS)), np.nan)
         sal = _salscores().sal
         with _quiet():
             for row in np.flatnonzero(seen.flatten().cpu().numpy()):
                 values[row] = sal(f[row], o[row])
-        components = torch.from_numpy(values).to(truth.device).unflatten(0, seen.shape)
+        components = torch.from_numpy(values).to(compared.device).unflatten(0, seen.shape)
         defined = components.isfinite()
         for index, name in enumerate(COMPONENTS):
             value = torch.where(defined, components, 0.0)[..., index]

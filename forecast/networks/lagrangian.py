@@ -24,12 +24,11 @@ class Lagrangian(nn.Module):
 
         x(t+s) = advect_s( x(t) + network( advect_T-1 x(t-T+1), ..., advect_1 x(t-1), x(t) )_s )
 
-    With an inner network that answers 0 this is extrapolation.
+    With an inner network that answers 0 this is extrapolation, but for what comes in from outside the frame: that is what
+    lies at its edge.
 
     Reference: Ritvanen et al. (2023), IEEE JSTARS 16, 1654, doi 10.1109/JSTARS.2023.3238016. Their L-CNN forecasts
     derivatives in time by a U-Net in Lagrangian coordinates; ours forecasts the change since the issue time, by any network.
-
-    What comes in from outside the frame is what lies at its edge.
 
     Args:
         network: the inner network.
