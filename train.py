@@ -199,6 +199,7 @@ def quieten() -> None:
         ".*returned a view tensor.*",  # nobody writes into what a sharded network answers
         ".*all_gather is deprecated.*",  # torch's, by Lightning
         ".*compute.. method of metric.*was called before.*",  # counts may be recalled, or lie in another process
+        ".*was called before the ``update`` method.*",  # counts that are recalled are merged
         ".*your dataloader is not resumable.*",  # the datamodule's state tells the sampler where to go on
     ):
         warnings.filterwarnings("ignore", message=message)

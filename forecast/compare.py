@@ -24,7 +24,7 @@ from forecast.files import whole
 from forecast.intervals import DRAWS, LEAST_EVENTS, Pools, difference
 from forecast.protocol import ROOT, Run, check_alike, read
 from forecast.skill import catalogue, columns, derive
-from forecast.tables import REFERENCES
+from forecast.tables import REFERENCES, middle_scale
 
 SCORES = ("csi", "frequency_bias", "mse", "fss")
 """Those that are shown where none are chosen."""
@@ -121,7 +121,7 @@ def chosen(skill: xr.Dataset, asked: Sequence[str] | None) -> dict[str, list[str
         UserError: a name that is neither.
     """
     pooled = derive(skill.sum(["block", "lead_time"]))
-    middle = derive(_middle(skill).sum(["block", "lead_time"]))
+    middle = derive(middle_scale(skill).sum(["block", "lead_time"]))
     known = {f"{name}{suffix}": (str(name), suffix) for name in pooled for suffix in columns(pooled[name])}
     result: dict[str, list[str]] = {}
     for name in asked or [name for name in SCORES if name in pooled]:
@@ -134,7 +134,7 @@ def chosen(skill: xr.Dataset, asked: Sequence[str] | None) -> dict[str, list[str
 
 def compared(skill: xr.Dataset, reference: str, asked: Sequence[str] | None, draws: int) -> Iterator[Column]:
     """Every column that is asked for; the arguments are those of `chosen` and of `intervals.difference`."""
-    middle = _middle(skill)
+    middle = middle_scale(skill)
     for score, suffixes in chosen(skill, asked).items():
         # Other scales are resampled only where somebody asks for one.
         few = set(suffixes) <= set(columns(derive(middle.sum(["block", "lead_time"]))[score]))
@@ -211,11 +211,6 @@ def to_csv(shown: Sequence[Column], reference: str, path: Path) -> None:
                     values.insert(1, pool["reference"].item())
                     row = ("" if value != value else value for value in values)
                     writer.writerow([column.name, label, model, reference, *row])
-
-
-def _middle(skill: xr.Dataset) -> xr.Dataset:
-    """Of several scales and pools the middle one."""
-    return skill.isel({dim: [skill.sizes[dim] // 2] for dim in ("scale", "pool") if skill.sizes.get(dim)})
 
 
 def _equal(one: xr.Dataset, other: xr.Dataset) -> bool:

@@ -5,7 +5,7 @@ Axes: B batch, T past frames, S forecast frames, C channels, H W space.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -229,7 +229,7 @@ class NowcastModule(pl.LightningModule):
         scheduler = self.scheduler(optimizer, **horizon(self.scheduler, self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    @property
+    @cached_property
     def monitors(self) -> list[str]:
         """What a checkpoint can be chosen by."""
         return [f"validation/{score}" for score in ("loss", *self.validation_skill.names())]

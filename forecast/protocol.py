@@ -3,7 +3,6 @@
 skill.nc keeps them as JSON, in its attributes `protocol` and `provenance`.
 """
 
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,11 +55,6 @@ class Protocol:
     """The same for every score."""
     scores: Mapping[str, Mapping[str, Any]]
     """The options of each metric, by the name of its class."""
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits, equal for equal protocols."""
-        return hashlib.blake2b(self.to_text().encode(), digest_size=8).hexdigest()
 
     def to_text(self) -> str:
         """As JSON."""

@@ -112,8 +112,8 @@ class Skill(nn.Module):
 
     def names(self) -> list[str]:
         """What `summary` and `curves` will give; no data are needed, and no other process."""
-        nothing = self._labelled(self.models[:1], [{}])
-        return [*self._summary(nothing), *self._curves(nothing)]
+        pooled = list(self._summary(self._labelled(self.models[:1], [{}])))
+        return [*pooled, *(f"{name}/{label}" for name in pooled for label in self._leads())]
 
     def dataset(self) -> xr.Dataset:
         """Counts and sums by model, block, lead time (and further axes), and the scores of all blocks pooled."""
@@ -135,13 +135,16 @@ class Skill(nn.Module):
         return {name: float(score) for name, score in scores.items()}
 
     def _curves(self, counts: xr.Dataset) -> dict[str, float]:
-        leads = counts["lead_time"].values
-        labels = [f"frame{lead}" if self.cadence is None else f"{lead:g}min" for lead in leads]
         return {
             f"{name}/{label}": float(value)
             for name, score in self._logged(counts.sum("block", skipna=False)).items()
-            for label, value in zip(labels, score.values, strict=True)
+            for label, value in zip(self._leads(), score.values, strict=True)
         }
+
+    def _leads(self) -> list[str]:
+        """Lead times as they stand in the log."""
+        leads = range(1, self.scope.steps + 1)
+        return [f"frame{lead}" if self.cadence is None else f"{lead * self.cadence / 60:g}min" for lead in leads]
 
     def _logged(self, counts: xr.Dataset) -> dict[str, xr.DataArray]:
         scores = derive(counts).isel(model=0)

@@ -62,7 +62,12 @@ def headline(skill: xr.Dataset) -> xr.Dataset:
     """
     known = catalogue()
     shown = skill[[name for name in skill.data_vars if name in known and known[str(name)].heading is not None]]
-    return shown.isel({dim: [shown.sizes[dim] // 2] for dim in ("scale", "pool") if shown.sizes.get(dim)})
+    return middle_scale(shown)
+
+
+def middle_scale(skill: xr.Dataset) -> xr.Dataset:
+    """Of several scales and pools the middle one."""
+    return skill.isel({dim: [skill.sizes[dim] // 2] for dim in ("scale", "pool") if skill.sizes.get(dim)})
 
 
 def relative(scores: xr.Dataset, reference: str) -> xr.Dataset:

@@ -145,8 +145,9 @@ def shown(folder: Path, batches: list[Frames], monkeypatch: pytest.MonkeyPatch) 
             Skill(["persistence"], scope, 600, {}),
             Sections(["persistence", "reference"], scope, 600, {"continuous": Continuous}),
             References([reference], list),
-            Protocol({}, 2, 600, {}, {}, {}, {}, 0),
+            Protocol({}, 2, 600, {}, {}, {}, {}),
             members=0,
+            validation_members=0,
         ),
         card={"config": {"seed": 0, "folder": str(folder), "model": {}}},
     )

@@ -29,12 +29,16 @@ SCHEMAS = {"": schema.Config, **schema.PARTS}
 NEEDED = {"loss=cross_entropy": ["model.head._target_=forecast.heads.Bernoulli"]}
 
 
-def composed(conf: Path) -> Iterator[tuple[str, Any]]:
+@functools.cache
+def composed(conf: Path) -> tuple[tuple[str, Any], ...]:
     """Every choice of every group, one at a time, as plain containers, with interpolations as they stand."""
-    for path in sorted(conf.glob("*/*.yaml")):
-        choice = f"{path.parent.name}={path.stem}"
-        if path.parent.name in schema.Config.__dataclass_fields__ or path.parent.name == "experiment":
-            yield choice, OmegaConf.to_container(command_line.load(conf, [choice, *NEEDED.get(choice, [])]))
+    groups = {*schema.Config.__dataclass_fields__, "experiment"}
+    paths = [path for path in sorted(conf.glob("*/*.yaml")) if path.parent.name in groups]
+    choices = [f"{path.parent.name}={path.stem}" for path in paths]
+    return tuple(
+        (choice, OmegaConf.to_container(command_line.load(conf, [choice, *NEEDED.get(choice, [])])))
+        for choice in choices
+    )
 
 
 def leaves(node: dict[str, Any], path: str = "", holder: str | None = None) -> Iterator[tuple[str, str | None, str]]:

@@ -58,7 +58,7 @@ def test_run_folder_holds_what_the_documents_promise(finished: Path) -> None:
 def test_skill_sets_the_model_beside_its_references(finished: Path) -> None:
     with xr.open_dataset(finished / "skill.nc") as skill:
         assert list(skill.model.values) == ["convlstm", "persistence", "climatology", "oracle"]
-        assert len(json.loads(skill.attrs["protocol"])["scores"]) == 5
+        assert len(json.loads(skill.attrs["protocol"])["scores"]) == 4
         trained = json.loads(skill.attrs["provenance"])["trained"]
         assert (trained["epoch"], trained["step"]) == (0, 2)
         assert skill.csi.dims == ("model", "lead_time", "threshold")
