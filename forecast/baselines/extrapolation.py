@@ -44,7 +44,7 @@ class Extrapolation(nn.Module):
 
     References: Germann and Zawadzki (2002), Mon. Wea. Rev. 130, 2859,
     doi 10.1175/1520-0493(2002)130<2859:SDOTPO>2.0.CO;2 (advection); Lucas and Kanade (1981), IJCAI 2, 674; Ruzanski,
-    Chandrasekar and Wang (2011), J. Atmos. Oceanic Technol. 28, 640, doi 10.1175/2011JTECHA1496.1 (DARTS); Pulkkinen et
+    Chandrasekar and Wang (2011), J. Atmos. Oceanic Technol. 28, 640 (DARTS); Pulkkinen et
     al. (2019), Geosci. Model Dev. 12, 4185, doi 10.5194/gmd-12-4185-2019 (pysteps).
 
     Args:

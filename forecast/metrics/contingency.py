@@ -75,7 +75,7 @@ def hss(hits: Counts, misses: Counts, false_alarms: Counts, correct_negatives: C
     With a hits, b false alarms, c misses, d correct negatives:
     HSS = 2 (a d - b c) / [(a + c) (c + d) + (a + b) (b + d)].
 
-    Reference: Heidke (1926), Geografiska Annaler 8, 301, doi 10.1080/20014422.1926.11881138.
+    Reference: Heidke (1926), Geografiska Annaler 8, 301, jstor.org/stable/519729.
     """
     # In floating point, because products of the counts of a large archive overflow int64.
     a, b, c, d = 1.0 * hits, 1.0 * false_alarms, 1.0 * misses, 1.0 * correct_negatives
