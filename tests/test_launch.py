@@ -90,7 +90,7 @@ def test_training_on_two_processes_ends_where_one_does(trained: Path, tmp_path: 
     assert_same_weights(tmp_path, trained, atol=1e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_many_processes_score_every_window_once(processes: int, trained: Path, tmp_path: Path) -> None:
     slow = ["references.persistence.slow=true", "subsample.windows=3"]  # on a subsample of the seven windows
     test = [*DIGITS, *SMALL, *slow, "data.batch_size=4", "run=test", f"ckpt_path={trained}/checkpoints/best.ckpt"]

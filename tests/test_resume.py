@@ -89,7 +89,10 @@ def interrupted(folder: Path, hook: str, step: int, number: int, *overrides: str
     return commands.run(*LONG, EVERY_STEP, *overrides, *callback, folder=folder, env=tests, check=False)
 
 
-@pytest.mark.parametrize(("hook", "step"), [("batch", 5), ("batch", 14), ("validation", 14), ("epoch", 28)])
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("batch", 5), pytest.param("batch", 14, marks=pytest.mark.slow), ("validation", 14), ("epoch", 28)],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(hook: str, step: int, straight: Path, tmp_path: Path) -> None:
     assert interrupted(tmp_path, hook, step, signal.SIGKILL).returncode == -signal.SIGKILL
     assert not (tmp_path / "skill.nc").exists()

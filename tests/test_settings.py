@@ -217,6 +217,7 @@ class Idle(Parent):
 """
 
 
+@pytest.mark.slow
 def test_leaf_that_nobody_reads_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for one in CONF.iterdir():
         (tmp_path / one.name).symlink_to(one)

@@ -52,6 +52,7 @@ def logged(folder: Path) -> list[float]:
         return [float(row["validation/loss"]) for row in csv.DictReader(file) if row["validation/loss"]]
 
 
+@pytest.mark.slow
 def test_two_commands_share_a_study_in_which_a_trial_fails(tmp_path: Path) -> None:
     # Adam refuses the second rate when the run begins; as a number it is right.
     space = write_space(tmp_path, {"optimizer.lr": {"choices": [0.01, -1.0]}}, TINY)
@@ -100,6 +101,7 @@ def test_pruned_trial_is_ended_while_it_runs(tmp_path: Path) -> None:
     assert not running(tmp_path / "trials")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_running_trial_too_and_the_trial_does_not_count(tmp_path: Path) -> None:
     space = write_space(tmp_path, {"optimizer.lr": {"type": "float", "low": 0.001, "high": 0.002}}, TINY)
     command = start(space, "trainer.max_epochs=100000", "--folder", tmp_path, "--trials", 2)
@@ -298,7 +300,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_jobs_of_a_launcher_are_single_runs_to_the_bit(launcher: str, single: Path, tmp_path: Path) -> None:
     pytest.importorskip(
         f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="the extra sweep is not installed"

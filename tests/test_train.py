@@ -208,7 +208,10 @@ def test_two_processes_score_every_window_once(finished: Path, tmp_path: Path) -
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(one, marks=pytest.mark.slow) if one == "hko7_convlstm" else one for one in EXPERIMENTS],
+)
 def test_every_experiment_takes_a_step(experiment: str, tmp_path: Path, write_archive: WriteArchive) -> None:
     """Batch, frame size and number of steps shrink; layers, channels and loss stay."""
     given = [f"experiment={experiment}"]

@@ -28,9 +28,9 @@ _Self = TypeVar("_Self", bound="AdditiveMetric")
 
 def ratio(numerator: Counts, denominator: Counts) -> Counts:
     """numerator / denominator, and NaN where the denominator is 0."""
-    # xarray leaves `where` without types.
-    quotient: Counts = numerator / xr.where(denominator != 0, denominator, np.nan)  # type: ignore[no-untyped-call]  # xarray has no types for it
-    return quotient
+    if isinstance(denominator, xr.DataArray):
+        return numerator / denominator.where(denominator != 0)
+    return numerator / np.where(denominator != 0, denominator, np.nan)
 
 
 @dataclass(frozen=True)
