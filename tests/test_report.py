@@ -198,6 +198,7 @@ def test_without_a_window_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.M
     assert shown(tmp_path, [frames([9.0], [0], [-1])], monkeypatch) is None
 
 
+@pytest.mark.slow
 def test_two_processes_show_the_window_that_one_shows(tmp_path: Path) -> None:
     """A baseline's forecast is the same to the last bit, so the pictures are. The eighth window is the second process's."""
     digits = ["model=persistence", "data.test=8", "data.future=3", "data.batch_size=3", "trainer.accelerator=cpu"]

@@ -90,6 +90,7 @@ class AtOnce(optuna.pruners.BasePruner):  # type: ignore[misc]  # Optuna may be 
         return len(trial.intermediate_values) > 0
 
 
+@pytest.mark.slow
 def test_pruned_trial_is_ended_while_it_runs(tmp_path: Path) -> None:
     long = [*(one for one in TINY if "max_epochs" not in one), "trainer.max_epochs=100000"]
     space = read_space(write_space(tmp_path, {"optimizer.lr": {"choices": [0.01]}}, long))

@@ -193,6 +193,7 @@ def test_loggers_write_beside_the_csv(logger: str, tmp_path: Path) -> None:
     assert any((tmp_path / logger).rglob("*.wandb" if logger == "wandb" else "events.*"))
 
 
+@pytest.mark.slow  # test_launch has it by counts
 def test_two_processes_score_every_window_once(finished: Path, tmp_path: Path) -> None:
     weights = [f"ckpt_path={finished}/checkpoints/best.ckpt", "run=test"]
     odd = [one for one in TINY if "data.test" not in one and "accelerator" not in one]
