@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -74,9 +76,14 @@ def _pictures(
             ax.set_axis_off()
         colour_bar(figure, axes, quantity, aspect=14 * rows)
         title = figure.suptitle("issue time", x=0.01, ha="left", fontsize=11)
-        # Laid out once, so that nothing but the frames moves.
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        # Laid out and drawn once, but for what moves, which is drawn upon it: the frames, their borders, and the time.
+        moving: list[Artist] = [title]
+        for image in images:
+            moving += [image, *image.axes.spines.values()]
+        for artist in moving:
+            artist.set_animated(True)
+        canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib types no backend
+        still = canvas.copy_from_bbox(figure.bbox)  # type: ignore[no-untyped-call]  # as above
         pictures = []
         for index in range(len(frames)):
             for image, one in zip(images, panels.values(), strict=True):
@@ -84,7 +91,9 @@ def _pictures(
             when = time_label(index + 1 - given, cadence)
             title.set(text=f"{when}, given" if index < given else f"{when}, forecast")
             title.set_color("0.45" if index < given else "black")
-            canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib types no backend
+            canvas.restore_region(still)  # type: ignore[no-untyped-call]  # as above
+            for artist in moving:
+                figure.draw_artist(artist)
             pictures.append(np.array(canvas.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]  # as above
     return np.stack(pictures)
 
@@ -95,7 +104,8 @@ def _indexed(pictures: NDArray[np.uint8]) -> list[Image.Image]:
     Pillow's own palettes blend white and grey with their neighbours.
     """
     packed = pictures.astype(np.int32) @ np.array([65536, 256, 1], dtype=np.int32)
-    colours, index, counts = np.unique(packed, return_inverse=True, return_counts=True)
+    index, colours = pd.factorize(packed.ravel())  # by hashing: numpy would sort all the pixels
+    counts = np.bincount(index)
     rgb = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=1)
     palette = rgb[np.argsort(-counts, kind="stable")[:_COLOURS]]
     distance = (palette**2).sum(1) - 2 * rgb @ palette.T  # squared, but for what is the same in a row

@@ -149,7 +149,7 @@ class NowcastModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self.loss is None:
             return
-        skill = self.validation_skill.summary(self.name) | self.validation_skill.curves(self.name)
+        skill = self.validation_skill.summary(self.name, by_lead=True)
         self.validation_skill.reset()
         for score, value in skill.items():
             self.log(f"validation/{score}", value)

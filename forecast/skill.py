@@ -36,7 +36,7 @@ _SUFFIXES = {"threshold": "_{:g}", "scale": "_{:g}px", "pool": "_{:g}px"}
 class Skill(nn.Module):
     """Scores several models over the same windows.
 
-    `summary`, `curves` and `dataset` add up over all processes: under DDP every process has to call them.
+    `summary` and `dataset` add up over all processes: under DDP every process has to call them.
 
     Args:
         models: their names, in the order in which they are shown.
@@ -92,28 +92,22 @@ class Skill(nn.Module):
             for metric in self.metrics(model):
                 metric.reset()
 
-    def summary(self, model: str) -> dict[str, float]:
+    def summary(self, model: str, by_lead: bool = False) -> dict[str, float]:
         """One number per logged score (its threshold, its scale), pooled over blocks and lead times.
 
-        Returns:
-            mse, csi_<threshold>, fss_<threshold>_<scale>px and so on, as `Score.log` says; NaN where nothing was scored or
-            a forecast was not finite.
-        """
-        return self._summary(self._counts([model]))
-
-    def curves(self, model: str) -> dict[str, float]:
-        """The same by lead time, pooled over blocks.
+        Args:
+            model: its name.
+            by_lead: then the same of each lead time, pooled over blocks.
 
         Returns:
-            mse/<lead time>, csi_<threshold>/<lead time> and so on, with the lead time as 30min, or as frame3 where frames
-            have no time; NaN as in `summary`.
+            mse, csi_<threshold>, fss_<threshold>_<scale>px and so on, as `Score.log` says; by lead time
+            csi_<threshold>/30min, or /frame3 where frames have no time. NaN where nothing was scored or a forecast was not finite.
         """
-        return self._curves(self._counts([model]))
+        return self._summary(self._counts([model]), by_lead)
 
     def names(self) -> list[str]:
-        """What `summary` and `curves` will give; no data are needed, and no other process."""
-        pooled = list(self._summary(self._labelled(self.models[:1], [{}])))
-        return [*pooled, *(f"{name}/{label}" for name in pooled for label in self._leads())]
+        """What `summary` gives at most; no data are needed, and no other process."""
+        return list(self._summary(self._labelled(self.models[:1], [{}]), by_lead=True))
 
     def dataset(self) -> xr.Dataset:
         """Counts and sums by model, block, lead time (and further axes), and the scores of all blocks pooled."""
@@ -130,31 +124,28 @@ class Skill(nn.Module):
         }
         return xr.merge([counts, scores]).assign_attrs(attributes)
 
-    def _summary(self, counts: xr.Dataset) -> dict[str, float]:
-        scores = self._logged(counts.sum(["block", "lead_time"], skipna=False))
-        return {name: float(score) for name, score in scores.items()}
-
-    def _curves(self, counts: xr.Dataset) -> dict[str, float]:
-        return {
-            f"{name}/{label}": float(value)
-            for name, score in self._logged(counts.sum("block", skipna=False)).items()
-            for label, value in zip(self._leads(), score.values, strict=True)
+    def _summary(self, counts: xr.Dataset, by_lead: bool) -> dict[str, float]:
+        leads = counts.sum("block", skipna=False)
+        pools = leads.sum("lead_time", skipna=False).expand_dims(lead_time=[np.nan])
+        if by_lead:
+            pools = xr.concat([pools, leads], "lead_time")
+        known = catalogue()
+        scores = {
+            f"{known[str(name)].log}{suffix}": one.values
+            for name, score in derive(pools).isel(model=0).items()
+            if known[str(name)].log is not None
+            for suffix, one in columns(score).items()
         }
+        summary = {name: float(values[0]) for name, values in scores.items()}
+        for name, values in scores.items():
+            # A summary that is not by lead time has no further values.
+            summary |= {f"{name}/{label}": float(value) for label, value in zip(self._leads(), values[1:], strict=False)}
+        return summary
 
     def _leads(self) -> list[str]:
         """Lead times as they stand in the log."""
         leads = range(1, self.scope.steps + 1)
         return [f"frame{lead}" if self.cadence is None else f"{lead * self.cadence / 60:g}min" for lead in leads]
-
-    def _logged(self, counts: xr.Dataset) -> dict[str, xr.DataArray]:
-        scores = derive(counts).isel(model=0)
-        known = catalogue()
-        return {
-            f"{known[str(name)].log}{suffix}": one
-            for name in scores
-            if known[str(name)].log is not None
-            for suffix, one in columns(scores[name]).items()
-        }
 
     def _counts(self, models: Sequence[str]) -> xr.Dataset:
         states = []
@@ -207,18 +198,22 @@ def derive(counts: xr.Dataset) -> xr.Dataset:
         The scores of every metric whose sums are all there, on the dimensions that are left. NaN where there is nothing to
         divide by, or where any pixel of the pool is undefined.
     """
+    # Without indexes, which xarray would compare at every step of the arithmetic.
+    plain = counts.drop_indexes(list(counts.indexes))
     # Sums in xarray skip NaN unless told otherwise; the count of undefined pixels cannot be skipped.
-    defined = counts["undefined"] == 0
+    defined = plain["undefined"] == 0
     units = counts["threshold"].attrs.get("units", "1")
     order = list(counts.data_vars)
-    derived = xr.Dataset()
     present = [metric for metric in _metrics() if set(metric.SUMS) <= set(order)]
+    derived = {}
     for metric in sorted(present, key=lambda metric: order.index(next(iter(metric.SUMS)))):
-        for name, score in metric.scores(counts).items():
+        for name, score in metric.scores(plain).items():
             about = metric.SCORES[name]
-            derived[name] = score.where(defined)
-            derived[name].attrs = {"long_name": about.long_name, "units": about.units or _power(units, about.power)}
-    return derived
+            attributes = {"long_name": about.long_name, "units": about.units or _power(units, about.power)}
+            derived[name] = score.where(defined).variable
+            derived[name].attrs = attributes
+    dims = {dim for one in derived.values() for dim in one.dims}
+    return xr.Dataset(derived, {name: one for name, one in counts.coords.items() if set(one.dims) <= dims})
 
 
 def catalogue() -> dict[str, Score]:

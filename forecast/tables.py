@@ -114,10 +114,9 @@ def to_csv(skill: xr.Dataset) -> str:
 
 def _groups(skill: xr.Dataset) -> list[Group]:
     """Some lead times, their mean, and all of them pooled."""
-    counts = skill.sum("block", skipna=False)
-    scores = headline(derive(counts))
-    pooled = headline(derive(counts.sum("lead_time", skipna=False)))
-    lead_times = counts["lead_time"]
+    scores = headline(skill)
+    pooled = headline(derive(skill.sum(["block", "lead_time"], skipna=False)))
+    lead_times = skill["lead_time"]
     leads = lead_times.size
     # All lead times up to 12, of more every n-th and the last.
     rows = range(leads - 1, -1, -max(1, -(-leads // _ROWS)))[::-1]

@@ -120,7 +120,7 @@ def test_summary_pools_lead_times_and_blocks() -> None:
 )
 def test_curves_are_the_scores_of_the_dataset_by_name(cadence: int | None, labels: list[str]) -> None:
     scores = skill(cadence=cadence)
-    curves = scores.curves("persistence")
+    curves = scores.summary("persistence", by_lead=True)
     assert [name for name in curves if name.startswith("csi_20/")][:2] == [f"csi_20/{label}" for label in labels]
     dataset = scores.dataset().sel(model="persistence")
     logged = {"csi_20": dataset["csi"][:, 0], "bias_35": dataset["frequency_bias"][:, 1], "mse": dataset["mse"]}
@@ -132,7 +132,7 @@ def test_curves_are_the_scores_of_the_dataset_by_name(cadence: int | None, label
 def test_names_are_known_before_any_data() -> None:
     scores = skill()
     empty = Skill(MODELS, Scope(QUANTITY, STEPS, BLOCKS), 600, METRICS)
-    assert empty.names() == [*scores.summary("persistence"), *scores.curves("persistence")]
+    assert empty.names() == list(scores.summary("persistence", by_lead=True))
     assert {"csi_20", "bias_35", "csi_20/30min", "fss_20_2px/50min", "mae/10min"} <= set(empty.names())
 
 
