@@ -4,13 +4,16 @@ Axes: B batch, T time, C channels, G gates, *space: none for vectors, up to D H 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forecast.cells.cell import Cell, State
+from forecast.cells.cell import Cell, State, linear_map
 from forecast.errors import UserError
+
+SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
 
 
 def unroll(
@@ -39,8 +42,17 @@ def each_frame(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+def deepened(widths: Sequence[int], spatial_dims: int) -> nn.Sequential:
+    """3x3 convolutions (of vectors: dense layers) from each number of channels to the next, each with a leaky ReLU."""
+    maps = (linear_map(low, high, spatial_dims=spatial_dims, kernel=3, bias=True) for low, high in pairwise(widths))
+    return nn.Sequential(*(nn.Sequential(linear, nn.LeakyReLU(SLOPE)) for linear in maps))
+
+
 class Layer(nn.Module):
-    """One recurrent layer: a map of each frame by itself (or none), then a recurrence through time.
+    """One recurrent layer: a map of each frame by itself (or none), a recurrence through time, and maps of each frame again.
+
+    What stands above the recurrence deepens a single step, and leaves the way through time as short as it was (the deep
+    output of Pascanu et al. 2014, arXiv 1312.6026): the state is the recurrence's own, the output what is made of it.
 
     With both directions the hidden states stand side by side in the channels, the forward ones first, and the state is
     the forward cell's followed by the backward cell's.
@@ -49,6 +61,8 @@ class Layer(nn.Module):
         forward_cell: reads from the first frame to the last.
         backward_cell: reads from the last frame to the first.
         before: applied to each frame first (down- or up-sampling between layers).
+        above: channels of 3x3 convolutions (vectors: of dense layers), each with a leaky ReLU, that each hidden state goes
+            through before anyone reads it.
     """
 
     def __init__(
@@ -57,18 +71,19 @@ class Layer(nn.Module):
         backward_cell: Cell | None = None,
         *,
         before: nn.Module | None = None,
+        above: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if forward_cell is None and backward_cell is None:
+        cells = [cell for cell in (forward_cell, backward_cell) if cell is not None]
+        if not cells:
             raise UserError("A recurrent layer needs a forward cell, a backward cell or both.")
+        if min(above, default=1) < 1:
+            raise UserError(f"above is {list(above)}; give channels of 1 or more, or an empty list for none.")
         self.before = before
         self.forward_cell = forward_cell
         self.backward_cell = backward_cell
-
-    @property
-    def channels(self) -> int:
-        """Channels of the output."""
-        return sum(cell.hidden_channels for cell in (self.forward_cell, self.backward_cell) if cell is not None)
+        hidden = sum(cell.hidden_channels for cell in cells)
+        self.above = deepened([hidden, *above], cells[0].spatial_dims) if above else None
 
     def initial_state(self, batch: int, space: tuple[int, ...], like: Tensor) -> State:
         """The state before the first step, at the resolution of the recurrence."""
@@ -79,7 +94,7 @@ class Layer(nn.Module):
         return state
 
     def sequence(self, x: Tensor | None, state: State | None, steps: int) -> tuple[Tensor, State]:
-        """B T X *space (or None) -> the hidden states B T C *space, and the last state."""
+        """B T X *space (or None) -> the output of every step B T C *space, and the last state."""
         if x is not None and self.before is not None:
             x = each_frame(self.before, x)
         halves: list[Tensor] = []
@@ -89,7 +104,7 @@ class Layer(nn.Module):
                 continue
             projected = cell.project(x.flip(1) if backward and x is not None else x)
             if state is not None:
-                begin = state[len(last) : len(last) + cell.states]
+                begin = state[len(last) : len(last) + cell.carried]
             elif projected is not None:
                 begin = cell.initial_state(projected.shape[0], tuple(projected.shape[3:]), projected)
             else:
@@ -97,10 +112,11 @@ class Layer(nn.Module):
             outputs, end = unroll(cell, projected, begin, steps)
             halves.append(outputs.flip(1) if backward else outputs)
             last += end
-        return (halves[0] if len(halves) == 1 else torch.cat(halves, dim=2)), last
+        hidden = halves[0] if len(halves) == 1 else torch.cat(halves, dim=2)
+        return (hidden if self.above is None else each_frame(self.above, hidden)), last
 
     def step(self, x: Tensor | None, state: State | None) -> tuple[Tensor, State]:
-        """B X *space (or None) -> the hidden state B C *space, and the state."""
+        """B X *space (or None) -> the output B C *space, and the state."""
         if self.forward_cell is None or self.backward_cell is not None:
             raise UserError(
                 "A layer that reads backward in time cannot step forward in it; make it of a forward cell alone."
@@ -129,6 +145,10 @@ class Stack(nn.Module):
                 if cell is not None:
                     cell.initial = None
 
+    def ends_in_its_states(self) -> None:
+        """Drops what stands above the last layer: where nothing but the states is read, it would never be trained."""
+        self.layers[-1].above = None
+
     def sequence(
         self, x: Tensor | None, states: Sequence[State] | None = None, steps: int | None = None
     ) -> tuple[list[Tensor], list[State]]:
@@ -140,7 +160,7 @@ class Stack(nn.Module):
             steps: number of steps, needed only where there is no input.
 
         Returns:
-            The hidden states B T C *space of every layer, first layer first; and the last state of every layer.
+            The output B T C *space of every layer, first layer first; and the last state of every layer.
         """
         if steps is None:
             if x is None:
@@ -154,7 +174,7 @@ class Stack(nn.Module):
         return outputs, last
 
     def step(self, x: Tensor | None, states: Sequence[State] | None) -> tuple[list[Tensor], list[State]]:
-        """One time step: B X *space (or None) -> the hidden state of every layer, and the state of every layer."""
+        """One time step: B X *space (or None) -> the output of every layer, and the state of every layer."""
         outputs, last = [], []
         for depth, layer in enumerate(self.layers):
             x, state = layer.step(x, None if states is None else states[depth])

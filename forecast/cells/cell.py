@@ -4,22 +4,32 @@ Axes: B batch, T time, C channels (of the input X or hidden), G gates, *space: n
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from forecast.cells.regularity import check, normalised, sequence_mask, share_of_each, zone_out
 from forecast.errors import UserError
 
 State = tuple[Tensor, ...]
-"""What a cell carries from step to step, each B C *space; state[0] is the hidden state h, its output."""
+"""What a cell carries from step to step, each B C *space; state[0] is the hidden state h, its output.
+
+With variational dropout the mask of the sequence is its last part, B C with an axis of size 1 for each of space.
+"""
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def linear_map(inputs: int, outputs: int, *, spatial_dims: int, kernel: int, bias: bool) -> nn.Module:
-    """The cell's W: a matrix for vectors, a convolution that keeps the size for fields."""
+def linear_map(
+    inputs: int, outputs: int, *, spatial_dims: int, kernel: int, bias: bool, norm: int | None = None
+) -> nn.Module:
+    """The cell's W: a matrix for vectors, a convolution that keeps the size for fields; normalised in `norm` groups."""
+    if norm is not None:
+        plain = linear_map(inputs, outputs, spatial_dims=spatial_dims, kernel=kernel, bias=False)
+        return normalised(plain, outputs, norm)
     if spatial_dims == 0:
         return nn.Linear(inputs, outputs, bias=bias)
     if spatial_dims not in CONVOLUTIONS:
@@ -35,19 +45,27 @@ class Cell(nn.Module):
     All gates come from one input map and one recurrent map. The bias sits on the recurrent map, so that a cell without
     input (a forecaster's first layer) is the same cell with `input_channels=0`.
 
+    `forecast.cells.regularity` has the equations of zoneout, dropout and norm.
+
     Args:
         input_channels: channels of the input X; 0 for a cell that has no input.
         hidden_channels: channels of the hidden state, C.
         spatial_dims: 0 for vectors (Linear), 1, 2 or 3 for fields (ConvNd).
         input_kernel, recurrent_kernel: kernel sizes of the two maps, odd; vectors have none.
         learned_initial_state: one trainable number per channel, and the same at each place, instead of zeros.
+        zoneout: share of the state's numbers that a step leaves as they were, while training; one for each of its tensors,
+            or one for all.
+        dropout: share of the hidden channels that the recurrent map does not see, the same ones for a whole sequence,
+            while training.
+        norm: groups of channels in which the output of each map is normalised; 1 is layer normalisation, None is none.
         gates: how many maps of C channels the input map gives.
         recurrent_gates: how many the recurrent map gives, where that differs.
         input_bias: whether the input map has a bias as well.
+        bias: whether the recurrent map has one.
     """
 
     states: ClassVar[int] = 1
-    """How many tensors the state has."""
+    """How many tensors of the state the equations speak of."""
 
     def __init__(
         self,
@@ -58,14 +76,21 @@ class Cell(nn.Module):
         input_kernel: int = 3,
         recurrent_kernel: int = 3,
         learned_initial_state: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        dropout: float = 0.0,
+        norm: int | None = None,
         gates: int = 1,
         recurrent_gates: int | None = None,
         input_bias: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.input_channels = input_channels
         self.hidden_channels = hidden_channels
         self.spatial_dims = spatial_dims
+        self.zoneout = share_of_each(zoneout, self.states)
+        self.dropout = dropout
+        check(dropout, norm, hidden_channels)
         self.input_map = (
             linear_map(
                 input_channels,
@@ -73,6 +98,7 @@ class Cell(nn.Module):
                 spatial_dims=spatial_dims,
                 kernel=input_kernel,
                 bias=input_bias,
+                norm=norm,
             )
             if input_channels
             else None
@@ -82,7 +108,8 @@ class Cell(nn.Module):
             (gates if recurrent_gates is None else recurrent_gates) * hidden_channels,
             spatial_dims=spatial_dims,
             kernel=recurrent_kernel,
-            bias=True,
+            bias=bias,
+            norm=norm,
         )
         self.initial = nn.Parameter(torch.zeros(self.states, hidden_channels)) if learned_initial_state else None
 
@@ -96,18 +123,42 @@ class Cell(nn.Module):
             return None
         return self.input_map(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    @abstractmethod
     def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
         """One step in time: the input's share of the gates and the state -> the next state."""
+        before, mask = state[: self.states], state[self.states :]
+        seen = before[0] * mask[0] if mask and self.training else before[0]
+        after = self.equations(projected, before, seen)
+        if any(self.zoneout):
+            kept = zip(before, after, self.zoneout, strict=True)
+            after = tuple(zone_out(old, new, share, self.training) for old, new, share in kept)
+        return after + mask
+
+    @abstractmethod
+    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
+        """One step by the cell's own equations.
+
+        Args:
+            projected: the input's share of the gates.
+            state: before the step, without a mask.
+            seen: h as the recurrent map sees it: with variational dropout some channels are hidden.
+        """
+
+    @property
+    def carried(self) -> int:
+        """How many tensors the state has, the mask of variational dropout included."""
+        return self.states + (self.dropout > 0)
 
     def initial_state(self, batch: int, space: tuple[int, ...], like: Tensor) -> State:
         """The state before the first step, with the device and dtype of `like`."""
-        shape = (batch, self.hidden_channels, *space)
+        C, ones = self.hidden_channels, (1,) * len(space)
         if self.initial is None:
-            return tuple(like.new_zeros(shape) for _ in range(self.states))
-        ones = (1,) * len(space)
-        # Repeated, not expanded: a view of a weight must not outlive the layer that has it whole (`forecast.sharding`).
-        return tuple(row.to(like.dtype).view(1, -1, *ones).repeat(batch, 1, *space) for row in self.initial)
+            state: State = tuple(like.new_zeros(batch, C, *space) for _ in range(self.states))
+        else:
+            # Repeated, not expanded: a view of a weight must not outlive the layer that has it whole (`forecast.sharding`).
+            state = tuple(row.to(like.dtype).view(1, C, *ones).repeat(batch, 1, *space) for row in self.initial)
+        if self.dropout:
+            state += (sequence_mask(batch, C, len(space), like, self.dropout, self.training),)
+        return state
 
     def add_input(self, projected: Tensor | None, recurrent: Tensor) -> Tensor:
         """The gates' sum, or the recurrent share alone where there is no input."""

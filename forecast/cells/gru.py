@@ -1,6 +1,6 @@
 """Gated recurrent units, for vectors and for fields (ConvGRU), in the three forms that are in use."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,8 @@ class GRU(Cell):
     Args:
         reset: "after" the recurrent map, "before" it, or "none".
         activation: of the candidate: "tanh", "relu" or "leaky_relu" (slope 0.2).
-        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state: see `Cell`.
+        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state, zoneout,
+            dropout, norm: see `Cell`.
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class GRU(Cell):
         input_kernel: int = 3,
         recurrent_kernel: int = 3,
         learned_initial_state: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        dropout: float = 0.0,
+        norm: int | None = None,
         reset: str = "after",
         activation: str = "tanh",
     ) -> None:
@@ -63,6 +67,9 @@ class GRU(Cell):
             input_kernel=input_kernel,
             recurrent_kernel=recurrent_kernel,
             learned_initial_state=learned_initial_state,
+            zoneout=zoneout,
+            dropout=dropout,
+            norm=norm,
             gates=2 if reset == "none" else 3,
             recurrent_gates=2 if reset == "before" else None,
             input_bias=reset == "after",
@@ -72,12 +79,17 @@ class GRU(Cell):
         self.candidate_map: nn.Module | None = None
         if reset == "before":
             self.candidate_map = linear_map(
-                hidden_channels, hidden_channels, spatial_dims=spatial_dims, kernel=recurrent_kernel, bias=True
+                hidden_channels,
+                hidden_channels,
+                spatial_dims=spatial_dims,
+                kernel=recurrent_kernel,
+                bias=True,
+                norm=norm,
             )
 
-    def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
+    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
         (h,) = state
-        recurrent = self.recurrent_map(h)
+        recurrent = self.recurrent_map(seen)
         if self.reset == "none":
             z, n = self.add_input(projected, recurrent).chunk(2, dim=1)
             n = self.activation(n)
@@ -86,6 +98,6 @@ class GRU(Cell):
         C = self.hidden_channels
         gates_x, candidate_x = (None, None) if projected is None else projected.split([2 * C, C], dim=1)
         r, z = torch.sigmoid(self.add_input(gates_x, recurrent[:, : 2 * C])).chunk(2, dim=1)
-        candidate_h = r * recurrent[:, 2 * C :] if self.candidate_map is None else self.candidate_map(r * h)
+        candidate_h = r * recurrent[:, 2 * C :] if self.candidate_map is None else self.candidate_map(r * seen)
         n = self.activation(self.add_input(candidate_x, candidate_h))
         return (n + z * (h - n),)

@@ -1,5 +1,6 @@
 """Long short-term memory, for vectors and for fields (ConvLSTM), with or without peepholes."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, State, per_channel
+from forecast.errors import UserError
 
 
 class LSTM(Cell):
@@ -23,17 +25,21 @@ class LSTM(Cell):
     give the gates in the order i, f, g, o, as torch.nn.LSTM does; without peepholes the vector cell is torch.nn.LSTM with
     the sum of its two biases. State: (h, c).
 
+    With `norm` the cell state, too, is normalised before it goes out: h' = o . tanh(norm(c')), as in Ba et al. (2016).
+
     The peepholes w_c are one number per channel: the parameter counts printed in 2015 come out only so, and the network
     then takes fields of any size. (Public implementations have one per pixel.)
 
     References: Hochreiter, Schmidhuber (1997), doi 10.1162/neco.1997.9.8.1735; Gers, Schmidhuber, Cummins (2000), doi
     10.1162/089976600300015015 (forget gate); Gers, Schraudolph, Schmidhuber (2002), JMLR 3, 115 (peepholes); Shi et al.
-    (2015), arXiv 1506.04214.
+    (2015), arXiv 1506.04214; Ba et al. (2016), arXiv 1607.06450 (normalisation).
 
     Args:
         peephole: let i and f look at c(t-1), and o at c(t).
         forget_bias: initial value of b_f; 1 lets a new network remember.
-        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state: see `Cell`.
+        bias: whether there are b_i, b_f, b_g and b_o.
+        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state, zoneout,
+            dropout, norm: see `Cell`.
     """
 
     states: ClassVar[int] = 2
@@ -47,9 +53,19 @@ class LSTM(Cell):
         input_kernel: int = 3,
         recurrent_kernel: int = 3,
         learned_initial_state: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        dropout: float = 0.0,
+        norm: int | None = None,
         peephole: bool = False,
         forget_bias: float = 1.0,
+        bias: bool = True,
     ) -> None:
+        if forget_bias and not bias:
+            raise UserError(
+                f"An LSTM with bias=false has no forget gate's bias, but forget_bias is {forget_bias}; set it to 0."
+            )
+        if norm is not None and not bias:
+            raise UserError("Normalisation brings a bias: set norm to null, or bias to true.")
         super().__init__(
             input_channels,
             hidden_channels,
@@ -57,17 +73,22 @@ class LSTM(Cell):
             input_kernel=input_kernel,
             recurrent_kernel=recurrent_kernel,
             learned_initial_state=learned_initial_state,
+            zoneout=zoneout,
+            dropout=dropout,
+            norm=norm,
             gates=4,
+            bias=bias,
         )
         self.peephole = nn.Parameter(torch.zeros(3, hidden_channels)) if peephole else None
-        bias = self.recurrent_map.bias
-        assert isinstance(bias, Tensor)
-        with torch.no_grad():
-            bias[hidden_channels : 2 * hidden_channels].fill_(forget_bias)
+        self.state_norm = None if norm is None else nn.GroupNorm(norm, hidden_channels)
+        if bias:
+            biases = self.recurrent_map.get_parameter("bias" if norm is None else "norm.bias")
+            with torch.no_grad():
+                biases[hidden_channels : 2 * hidden_channels].fill_(forget_bias)
 
-    def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
-        h, c = state
-        i, f, g, o = self.add_input(projected, self.recurrent_map(h)).chunk(4, dim=1)
+    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
+        _, c = state
+        i, f, g, o = self.add_input(projected, self.recurrent_map(seen)).chunk(4, dim=1)
         if self.peephole is not None:
             w_i, w_f, w_o = (per_channel(weight, c) for weight in self.peephole)
             i = i + w_i * c
@@ -75,4 +96,4 @@ class LSTM(Cell):
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         if self.peephole is not None:
             o = o + w_o * c
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return torch.sigmoid(o) * torch.tanh(c if self.state_norm is None else self.state_norm(c)), c

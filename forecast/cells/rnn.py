@@ -1,5 +1,7 @@
 """The plain recurrent cell, for vectors and for fields."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +22,8 @@ class RNN(Cell):
 
     Args:
         activation: "tanh" or "relu".
-        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state: see `Cell`.
+        input_channels, hidden_channels, spatial_dims, input_kernel, recurrent_kernel, learned_initial_state, zoneout,
+            dropout, norm: see `Cell`.
     """
 
     def __init__(
@@ -32,6 +35,9 @@ class RNN(Cell):
         input_kernel: int = 3,
         recurrent_kernel: int = 3,
         learned_initial_state: bool = False,
+        zoneout: float | Sequence[float] = 0.0,
+        dropout: float = 0.0,
+        norm: int | None = None,
         activation: str = "tanh",
     ) -> None:
         super().__init__(
@@ -41,11 +47,13 @@ class RNN(Cell):
             input_kernel=input_kernel,
             recurrent_kernel=recurrent_kernel,
             learned_initial_state=learned_initial_state,
+            zoneout=zoneout,
+            dropout=dropout,
+            norm=norm,
         )
         if activation not in ACTIVATIONS:
             raise UserError(f"Unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
         self.activation = ACTIVATIONS[activation]
 
-    def step(self, projected: Float[Tensor, "B C *space"] | None, state: State) -> State:
-        (h,) = state
-        return (self.activation(self.add_input(projected, self.recurrent_map(h))),)
+    def equations(self, projected: Float[Tensor, "B C *space"] | None, state: State, seen: Tensor) -> State:
+        return (self.activation(self.add_input(projected, self.recurrent_map(seen))),)

@@ -5,7 +5,6 @@ Axes: B batch, T past frames, S forecast frames, X input channels, K head channe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -17,9 +16,7 @@ from torch.nn import functional as F
 from forecast.cells.cell import State
 from forecast.errors import UserError
 from forecast.networks.network import CellFactory, EncodeThenForecast, per_layer
-from forecast.recurrence import Layer, Stack, each_frame, restart
-
-SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
+from forecast.recurrence import SLOPE, Layer, Stack, deepened, each_frame, restart
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,6 @@ class Resampling:
         return (size - 1) * self.stride - 2 * self.padding + self.kernel
 
 
-def smoothing(inputs: int, outputs: int) -> nn.Module:
-    """A convolution at full resolution."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.LeakyReLU(SLOPE))
-
-
 class EncoderForecaster(EncodeThenForecast):
     """Reads the past into the states of a stack of recurrent layers; a second stack, started from them, forecasts.
 
@@ -77,6 +69,9 @@ class EncoderForecaster(EncodeThenForecast):
     layer and its transpose after each forecaster layer, the forecaster in reverse order from the coarsest layer, which
     has no input; then 3x3 convolutions (`refine`) and a 1x1 convolution at full resolution.
 
+    Where the cells have variational dropout, the forecaster goes on with its encoder's masks, as with its states: a mask
+    is of a sequence, and past and forecast are one.
+
     Frames of any size are taken: they are continued at the lower and right edge to the next size that divides, and the
     forecast is cut back. Any T, any S; the number of parameters depends on neither.
 
@@ -87,6 +82,7 @@ class EncoderForecaster(EncodeThenForecast):
         patch: side of the patches that become channels (1: pixels as they are).
         down, up: `Resampling` of each layer, finest first; both or neither.
         refine: channels of the 3x3 convolutions after the last up-sampling.
+        above: channels of 3x3 convolutions on each hidden state, before the next layer (or the output) reads it.
         coordinates: give every frame three more channels: x and y from -1 to 1, and ones (HKO-7 does).
         inputs: channels of a past frame, static fields included.
         outputs: channels that the head wants, K.
@@ -105,6 +101,7 @@ class EncoderForecaster(EncodeThenForecast):
         down: Sequence[Mapping[str, Any]] | None = None,
         up: Sequence[Mapping[str, Any]] | None = None,
         refine: Sequence[int] = (),
+        above: Sequence[int] = (),
         coordinates: bool = False,
     ) -> None:
         super().__init__()
@@ -136,26 +133,28 @@ class EncoderForecaster(EncodeThenForecast):
                 input_kernel=input_kernels[i],
                 recurrent_kernel=recurrent_kernels[i],
             )
-            return Layer(made, before=before)
+            return Layer(made, before=before, above=above)
 
-        below = [(inputs + 3 * coordinates) * patch**2, *hidden[:-1]]
+        read = [above[-1]] * depth if above else list(hidden)  # of each layer, by the next one
+        below = [(inputs + 3 * coordinates) * patch**2, *read[:-1]]
         self.output: nn.Module
         if downs:
             finer = range(depth - 2, -1, -1)
             self.encoder = Stack([layer(i, down.channels, down.down(below[i])) for i, down in enumerate(downs)])
             self.forecaster = Stack(
-                [layer(depth - 1, 0), *(layer(i, ups[i + 1].channels, ups[i + 1].up(hidden[i + 1])) for i in finer)]
+                [layer(depth - 1, 0), *(layer(i, ups[i + 1].channels, ups[i + 1].up(read[i + 1])) for i in finer)]
             )
             widths = [ups[0].channels, *refine]
             self.output = nn.Sequential(
-                ups[0].up(hidden[0]),
-                *(smoothing(width, wider) for width, wider in pairwise(widths)),
+                ups[0].up(read[0]),
+                *deepened(widths, spatial_dims=2),
                 nn.Conv2d(widths[-1], outputs * patch**2, 1),
             )
         else:
             self.encoder = Stack([layer(i, channels) for i, channels in enumerate(below)])
-            self.forecaster = Stack([layer(i, channels) for i, channels in enumerate([0, *hidden[:-1]])])
-            self.output = nn.Conv2d(sum(hidden), outputs * patch**2, 1)
+            self.forecaster = Stack([layer(i, channels) for i, channels in enumerate([0, *read[:-1]])])
+            self.output = nn.Conv2d(sum(read), outputs * patch**2, 1)
+        self.encoder.ends_in_its_states()
         self.forecaster.starts_from_given_states()
 
     @staticmethod

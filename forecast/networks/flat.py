@@ -28,6 +28,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
     Args:
         cell: class of the recurrent cell with its options.
         hidden: units of each layer.
+        above: units of dense layers on each hidden state, before the next layer (or the output) reads it.
         tile: side of the tiles; None takes the frame whole.
         most_parameters: more than these are refused.
         inputs: channels of a past frame, static fields included.
@@ -43,6 +44,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
         inputs: int,
         outputs: int,
         frame_size: Sequence[int],
+        above: Sequence[int] = (),
         tile: int | None = None,
         most_parameters: int = 300_000_000,
     ) -> None:
@@ -56,18 +58,22 @@ class FlatEncoderForecaster(EncodeThenForecast):
         assert self.window is not None
         pixels = self.window[0] * self.window[1]
 
+        read = [above[-1]] * len(hidden) if above else list(hidden)  # of each layer, by the next one
+
         def stack(first: int) -> Stack:
-            below = [first, *hidden[:-1]]
+            below = [first, *read[:-1]]
             cells = (
                 cell(input_channels=x, hidden_channels=h, spatial_dims=0) for x, h in zip(below, hidden, strict=True)
             )
-            made = Stack([Layer(cell) for cell in cells])
-            if not first:
+            made = Stack([Layer(cell, above=above) for cell in cells])
+            if first:
+                made.ends_in_its_states()
+            else:
                 made.starts_from_given_states()
             return made
 
         with torch.device("meta"):
-            parts = (stack(inputs * pixels), stack(0), nn.Linear(hidden[-1], outputs * pixels))
+            parts = (stack(inputs * pixels), stack(0), nn.Linear(read[-1], outputs * pixels))
             parameters = sum(weight.numel() for part in parts for weight in part.parameters())
         if parameters > most_parameters:
             raise UserError(
@@ -78,7 +84,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
         self.outputs = outputs
         self.encoder = stack(inputs * pixels)
         self.forecaster = stack(0)
-        self.output = nn.Linear(hidden[-1], outputs * pixels)
+        self.output = nn.Linear(read[-1], outputs * pixels)
 
     def encode(
         self, past: Float[Tensor, "B T X H W"], state: Sequence[State] | None = None, first: Tensor | None = None
