@@ -101,7 +101,8 @@ class Skill(nn.Module):
 
         Returns:
             mse, csi_<threshold>, fss_<threshold>_<scale>px and so on, as `Score.log` says; by lead time
-            csi_<threshold>/30min, or /frame3 where frames have no time. NaN where nothing was scored or a forecast was not finite.
+            csi_<threshold>/30min, or /frame3 where frames have no time. NaN where nothing was scored or a forecast was not
+            finite.
         """
         return self._summary(self._counts([model]), by_lead)
 
@@ -139,7 +140,9 @@ class Skill(nn.Module):
         summary = {name: float(values[0]) for name, values in scores.items()}
         for name, values in scores.items():
             # A summary that is not by lead time has no further values.
-            summary |= {f"{name}/{label}": float(value) for label, value in zip(self._leads(), values[1:], strict=False)}
+            summary |= {
+                f"{name}/{label}": float(value) for label, value in zip(self._leads(), values[1:], strict=False)
+            }
         return summary
 
     def _leads(self) -> list[str]:

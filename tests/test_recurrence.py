@@ -1,5 +1,6 @@
 """Time and depth: layer by layer equals step by step, halves equal the whole, and lanes restart cleanly."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -180,3 +181,29 @@ def test_impossible_layers_and_calls_are_refused() -> None:
         Stack([Layer(conv_gru(0))]).sequence(None)
     with pytest.raises(ValueError, match="needs a state to start from"):
         Stack([Layer(conv_gru(0))]).sequence(None, None, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "zoneout": 0.2}], ids=["plain", "noisy"])
+@pytest.mark.parametrize("stretch", [1, 3, 7, 20])
+def test_recomputing_changes_no_number_and_keeps_less(stretch: int, options: dict[str, float]) -> None:
+    x = torch.randn(2, 7, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    made = LSTM(3, 4, spatial_dims=2, peephole=True, learned_initial_state=True, **options).double()
+    cells = made, copy.deepcopy(made)
+    found = []
+    for cell, recompute in zip(cells, (None, stretch), strict=True):
+        torch.manual_seed(3)
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            outputs, state = Layer(cell, recompute=recompute).sequence(x, None, 7)
+        loss = outputs.square().sum() + sum(part.sum() for part in state)
+        gradients = torch.autograd.grad(loss, [x, *cell.parameters()])
+        found.append((kept, [outputs, *state, *gradients]))
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert found[1][0] < found[0][0] / 3

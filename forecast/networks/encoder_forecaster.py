@@ -83,6 +83,7 @@ class EncoderForecaster(EncodeThenForecast):
         down, up: `Resampling` of each layer, finest first; both or neither.
         refine: channels of the 3x3 convolutions after the last up-sampling.
         above: channels of 3x3 convolutions on each hidden state, before the next layer (or the output) reads it.
+        recompute: steps between the states that are kept for gradients (`forecast.recurrence.unroll_again`); None: all.
         coordinates: give every frame three more channels: x and y from -1 to 1, and ones (HKO-7 does).
         inputs: channels of a past frame, static fields included.
         outputs: channels that the head wants, K.
@@ -102,6 +103,7 @@ class EncoderForecaster(EncodeThenForecast):
         up: Sequence[Mapping[str, Any]] | None = None,
         refine: Sequence[int] = (),
         above: Sequence[int] = (),
+        recompute: int | None = None,
         coordinates: bool = False,
     ) -> None:
         super().__init__()
@@ -133,7 +135,7 @@ class EncoderForecaster(EncodeThenForecast):
                 input_kernel=input_kernels[i],
                 recurrent_kernel=recurrent_kernels[i],
             )
-            return Layer(made, before=before, above=above)
+            return Layer(made, before=before, above=above, recompute=recompute)
 
         read = [above[-1]] * depth if above else list(hidden)  # of each layer, by the next one
         below = [(inputs + 3 * coordinates) * patch**2, *read[:-1]]

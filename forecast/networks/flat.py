@@ -29,6 +29,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
         cell: class of the recurrent cell with its options.
         hidden: units of each layer.
         above: units of dense layers on each hidden state, before the next layer (or the output) reads it.
+        recompute: steps between the states that are kept for gradients (`forecast.recurrence.unroll_again`); None: all.
         tile: side of the tiles; None takes the frame whole.
         most_parameters: more than these are refused.
         inputs: channels of a past frame, static fields included.
@@ -45,6 +46,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
         outputs: int,
         frame_size: Sequence[int],
         above: Sequence[int] = (),
+        recompute: int | None = None,
         tile: int | None = None,
         most_parameters: int = 300_000_000,
     ) -> None:
@@ -65,7 +67,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
             cells = (
                 cell(input_channels=x, hidden_channels=h, spatial_dims=0) for x, h in zip(below, hidden, strict=True)
             )
-            made = Stack([Layer(cell, above=above) for cell in cells])
+            made = Stack([Layer(cell, above=above, recompute=recompute) for cell in cells])
             if first:
                 made.ends_in_its_states()
             else:
