@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from datamodules.sampler import BatchSampler, Draw
+from datamodules.streams import LaneSampler, Streams
 from forecast.batch import Batch, Frames
 from forecast.errors import UserError
 from forecast.units import Grid, Quantity, Transform
@@ -71,6 +72,7 @@ class FrameData(pl.LightningDataModule):
         self.workers = workers
         self.seed = seed
         self._resumed_at = (0, 0)
+        self._streams: Streams | None = None
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
@@ -106,6 +108,22 @@ class FrameData(pl.LightningDataModule):
             part = tuple(positions[first : first + self.batch_size])
             yield self.on_after_batch_transfer(windows[Draw(0, part)], 0)
 
+    @abstractmethod
+    def streams(self, chunk: int, length: int | None) -> Streams:
+        """The streams of the training split, of whole chunks.
+
+        Args:
+            chunk: frames of a chunk.
+            length: frames of a stream at most; None: as long as the data have it.
+
+        Raises:
+            UserError: there is none.
+        """
+
+    def train_along_streams(self, chunk: int, length: int | None) -> None:
+        """From now on training batches are chunks of streams, one stream in each lane, and no windows."""
+        self._streams = self.streams(chunk, length)
+
     def unweighted(self, split: Split) -> Windows:
         """The windows of that split, drawn by chance alone where training favours some."""
         return self.windows(split)
@@ -130,17 +148,19 @@ class FrameData(pl.LightningDataModule):
             UserError: inside an epoch whose samples would be dealt otherwise now.
         """
         for name, now in self._dealt().items() if self.trainer is not None else ():
-            if state_dict["batch"] and state_dict[name] != now:
+            then = state_dict.get(name)
+            if state_dict["batch"] and then != now:
                 raise UserError(
-                    f"The checkpoint lies inside an epoch with {name.replace('_', ' ')} {state_dict[name]}, but this run "
-                    f"has {now}; go on with the same, or train anew from its weights by init_from."
+                    f"The checkpoint lies inside an epoch with {name.replace('_', ' ')} {then}, but this run has {now}; go on "
+                    "with the same, or train anew from its weights by init_from."
                 )
         self._resumed_at = (state_dict["epoch"], state_dict["batch"])
 
     def _dealt(self) -> dict[str, int]:
         """What the order of the samples hangs on, beside the epoch."""
         assert self.trainer is not None
-        return {"seed": self.seed, "samples_a_batch_of_all_processes": self.batch_size * self.trainer.world_size}
+        dealt = {"seed": self.seed, "samples_a_batch_of_all_processes": self.batch_size * self.trainer.world_size}
+        return dealt if self._streams is None else {**dealt, "chunks_of_streams": len(self._streams)}
 
     def _begin_at(self) -> tuple[int, int]:
         """Epoch and batch that are drawn next. Lightning draws the first ones before it knows where a run goes on."""
@@ -148,19 +168,34 @@ class FrameData(pl.LightningDataModule):
         return max((self.trainer.current_epoch, 0), self._resumed_at)
 
     def _loader(self, split: Split) -> DataLoader[Batch]:
-        windows = self.windows(split)
         trainer = self.trainer
-        sampler = BatchSampler(
-            len(windows),
-            self.batch_size,
-            shuffle=split == "train",
-            seed=self.seed,
-            rank=trainer.global_rank if trainer is not None else 0,
-            world_size=trainer.world_size if trainer is not None else 1,
-            begin_at=self._begin_at if trainer is not None and split == "train" else None,
-        )
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        begin_at = self._begin_at if trainer is not None and split == "train" else None
+        dealt: Windows | Streams
+        sampler: LaneSampler | BatchSampler
+        if split == "train" and self._streams is not None:
+            dealt = self._streams
+            sampler = LaneSampler(
+                dealt.chunks,
+                self.batch_size * world_size,
+                seed=self.seed,
+                rank=rank,
+                world_size=world_size,
+                begin_at=begin_at,
+            )
+        else:
+            dealt = self.windows(split)
+            sampler = BatchSampler(
+                len(dealt),
+                self.batch_size,
+                shuffle=split == "train",
+                seed=self.seed,
+                rank=rank,
+                world_size=world_size,
+                begin_at=begin_at,
+            )
         return DataLoader(
-            windows,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee
+            dealt,  # type: ignore[arg-type]  # a map of draws, not of integers, which torch's types do not foresee
             sampler=sampler,
             batch_size=None,
             num_workers=self.workers,

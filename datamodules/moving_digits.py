@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from datamodules.frames import SPLITS, FrameData, Split, Windows
 from datamodules.sampler import PADDING, Draw
+from datamodules.streams import Streams, locate
 from forecast.batch import Batch, Forecast
 from forecast.errors import UserError
 from forecast.units import Grid, Linear, Quantity
@@ -25,6 +26,8 @@ from forecast.units import Grid, Linear, Quantity
 FRAMES = Quantity(name="intensity", long_name="pixel intensity", units="1", thresholds=(0.5,), scale=1 / 255)
 
 
+LENGTH = 200
+"""Frames of a stream, which nothing but its maker ends."""
 MOST_BLOCKS = 100
 """Groups of sequences that can be told apart in the scores: one for each of 10,000 would make them large for nothing."""
 
@@ -120,11 +123,13 @@ class MovingDigits:
         frames = self.sequences(np.maximum(positions, 0), draw.epoch if self.fresh else 0, self.past + self.future)
         return deal(frames, positions, self.past)
 
-    def sequences(self, positions: NDArray[np.int64], epoch: int, length: int) -> NDArray[np.uint8]:
-        """Frames B L H W of the sequences at those positions, in all at once."""
+    def sequences(
+        self, positions: NDArray[np.int64], epoch: int, length: int, begin: NDArray[np.int64] | int = 0
+    ) -> NDArray[np.uint8]:
+        """Frames B L H W of the sequences at those positions, in all at once, from frame `begin` of each on."""
         chosen, start, velocity = self._scenes(positions, epoch)
         span = self.size - self.images.shape[-1]
-        time = np.arange(length)[:, None, None]  # against B L N 2
+        time = (np.asarray(begin)[..., None] + np.arange(length))[..., None, None]  # against B L N 2
         corner = np.rint(bounce(start[:, None] + velocity[:, None] * time, span)).astype(np.intp)
         canvas = np.zeros((len(positions), length, self.size, self.size), np.uint8)
         places = sliding_window_view(canvas, self.images.shape[1:], axis=(2, 3), writeable=True)  # B L y x D D
@@ -151,6 +156,32 @@ class MovingDigits:
         angle = 2 * np.pi * uniform[..., 4]
         velocity = np.stack([speed * np.sin(angle), speed * np.cos(angle)], axis=-1)
         return chosen, start, velocity
+
+
+class DigitStreams:
+    """Sequences that go on, each a stream of `length` frames or a few less, so that they are whole chunks.
+
+    Args:
+        sequences: of the training split.
+        chunk: frames of a chunk.
+        length: frames of a stream.
+    """
+
+    def __init__(self, sequences: MovingDigits, chunk: int, length: int) -> None:
+        self.sequences = sequences
+        self.chunk = chunk
+        self.chunks = np.full(len(sequences), max(1, length // chunk))
+
+    def __len__(self) -> int:
+        return int(self.chunks.sum())
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        own = self.sequences
+        streams, numbers = locate(self.chunks, draw.positions)
+        epoch = draw.epoch if own.fresh else 0
+        frames = own.sequences(streams, epoch, self.chunk + own.future, begin=numbers * self.chunk)
+        dealt = deal(frames, np.where(np.array(draw.positions) < 0, PADDING, streams), self.chunk)
+        return dealt._replace(first=torch.from_numpy(numbers == 0))
 
 
 class Oracle:
@@ -260,6 +291,11 @@ class MovingDigitsData(FrameData):
 
     def windows(self, split: Split) -> Sequences:
         return self._windows[split]
+
+    def streams(self, chunk: int, length: int | None) -> Streams:
+        made = self._windows["train"]
+        assert isinstance(made, MovingDigits)
+        return DigitStreams(made, chunk, LENGTH if length is None else length)
 
     @property
     def fingerprint(self) -> str:

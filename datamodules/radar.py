@@ -16,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from datamodules.cf import FLOORS, THRESHOLDS
+from datamodules.cutting import Crop, RadarStreams, RadarWindows, cropped
 from datamodules.frames import FrameData, Split
-from datamodules.reader import Archive, Crop, RadarWindows, cropped, open_archive
+from datamodules.reader import Archive, open_archive
 from datamodules.statistics import fingerprint, statistics_of
 from datamodules.windows import (
     RAINY,
@@ -27,6 +28,7 @@ from datamodules.windows import (
     WindowIndex,
     cadence_of,
     event_borders,
+    index_runs,
     index_windows,
     repeated_frames,
     split_times,
@@ -133,7 +135,7 @@ class RadarData(FrameData):
         self.grid = cropped(archives[0].grid, *self.crops["test"].places(archives[0].grid.size, 0, 0)[0])
         fields = standardised([archive.fields(self.static) for archive in archives])
         times = np.concatenate([archive.times for archive in archives])
-        intervals = split_times(times, self.split, self.guard_hours)
+        self._intervals = intervals = split_times(times, self.split, self.guard_hours)
         self._known = [statistics_of(archive) for archive in archives]
         rainy = [archive.times[known.wet >= RAINY] for archive, known in zip(archives, self._known, strict=True)]
         borders = event_borders(np.concatenate(rainy))
@@ -159,6 +161,18 @@ class RadarData(FrameData):
         own = self.windows(split)
         crop = own.crop._replace(draws=1)
         return RadarWindows(own.archives, own.fields, own.index, self.past, self.future, crop)
+
+    def streams(self, chunk: int, length: int | None) -> RadarStreams:
+        own = self.windows("train")
+        assert self.cadence is not None
+        runs = index_runs([archive.times for archive in own.archives], self.cadence, self._intervals["train"])
+        made = RadarStreams(own.archives, own.fields, runs, chunk, self.future, own.crop, length)
+        if not len(made):
+            raise UserError(
+                f"The longest run of frames without a gap in the train split has {runs.frames.max()}, but a chunk and what "
+                f"follows it take {chunk + self.future} (tbptt.steps + data.future); lower tbptt.steps."
+            )
+        return made
 
     @property
     def fingerprint(self) -> str:

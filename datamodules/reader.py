@@ -1,25 +1,21 @@
-"""An archive of packed radar frames on disk, of which only what is asked for is read, and windows of such frames.
+"""An archive of packed radar frames on disk, of which only what is asked for is read.
 
-Axes: B batch, T time or past frames, S forecast frames, C = 1 channel, K static fields, H W space.
+Axes: T time, K static fields, H W space.
 """
 
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from numpy.typing import NDArray
 
 from datamodules.cf import Dims, Packing, find_rain, grid_of, packing_of, times_of
-from datamodules.sampler import Draw
-from datamodules.windows import Times, WindowIndex
-from forecast.batch import Batch
+from datamodules.windows import Times
 from forecast.errors import UserError
 from forecast.units import Grid, Quantity
 
@@ -185,97 +181,3 @@ def open_archive(path: str, variable: str | None = None) -> Archive:
         sizes = data.encoding.get("preferred_chunks", {})
         chunks = (sizes.get(dims[0], 1), sizes.get(dims[1], 1), sizes.get(dims[2], 1))
         return Archive(path, str(data.name), dims, packing, quantity, grid, times, chunks)
-
-
-class Crop(NamedTuple):
-    """A square of `size` pixels: at random where there is a seed, in the middle otherwise. No size: the whole frame."""
-
-    size: int | None
-    seed: int | None = None
-    draws: int = 1
-    """Places drawn, of which the wettest is taken."""
-
-    def places(self, frame: tuple[int, int], epoch: int, position: int) -> list[tuple[slice, slice]]:
-        """The rows and columns of each draw in a frame of H, W; a function of (seed, epoch, position)."""
-        if self.size is None:
-            return [(slice(0, frame[0]), slice(0, frame[1]))]
-        room = [length - self.size for length in frame]
-        corners = [[free // 2 for free in room]]
-        if self.seed is not None:
-            random = np.random.default_rng([self.seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, position])
-            corners = random.integers(0, room, size=(self.draws, 2), endpoint=True).tolist()
-        return [(slice(y, y + self.size), slice(x, x + self.size)) for y, x in corners]
-
-
-class RadarWindows:
-    """The windows of one split, read as they are asked for, a batch at a time."""
-
-    def __init__(
-        self,
-        archives: Sequence[Archive],
-        fields: Sequence[NDArray[np.float32]],
-        index: WindowIndex,
-        past: int,
-        future: int,
-        crop: Crop,
-    ) -> None:
-        self.archives = archives
-        self.fields = fields
-        """K H W of each archive."""
-        self.index = index
-        self.blocks = index.blocks
-        self.past = past
-        self.future = future
-        self.crop = crop
-
-    def __len__(self) -> int:
-        return len(self.index.start)
-
-    def __getitem__(self, draw: Draw) -> Batch:
-        frames, fields, times, blocks = [], [], [], []
-        for position in draw.positions:
-            window = max(position, 0)  # padding shows the first window, and its block says that it counts for nothing
-            number, start = int(self.index.archive[window]), int(self.index.start[window])
-            archive = self.archives[number]
-            places = self.crop.places(archive.grid.size, draw.epoch, window)
-            rows, columns = places[0]
-            span = slice(start, start + self.past + self.future)
-            if len(places) == 1:
-                frames.append(archive.read(span, rows, columns))
-            else:
-                whole = archive.read(span)
-                rows, columns = max(places, key=lambda place: np.count_nonzero(archive.wet(whole[:, *place])))
-                frames.append(whole[:, rows, columns])
-            fields.append(self.fields[number][:, rows, columns])
-            times.append(int(archive.times[start + self.past - 1]))
-            blocks.append(int(self.index.block[window]) if position >= 0 else -1)
-        sequence = torch.from_numpy(np.stack(frames)).unsqueeze(2)
-        return Batch(
-            past=sequence[:, : self.past],
-            future=sequence[:, self.past :],
-            static=torch.from_numpy(np.stack(fields)),
-            time=torch.tensor(times),
-            block=torch.tensor(blocks),
-            first=torch.ones(len(blocks), dtype=torch.bool),
-        )
-
-    def issue_times(self) -> Times:
-        """Of each window the time of its last past frame: N seconds UTC, ascending."""
-        times = np.empty(len(self), dtype=np.int64)
-        for number, archive in enumerate(self.archives):
-            own = self.index.archive == number
-            times[own] = archive.times[self.index.start[own] + self.past - 1]
-        return times
-
-    def frames(self) -> list[NDArray[np.int64]]:
-        """Of each archive, the frames that lie in a window, ascending."""
-        length = np.arange(self.past + self.future)
-        starts = (self.index.start[self.index.archive == number] for number in range(len(self.archives)))
-        return [np.unique(own[:, None] + length) for own in starts]
-
-
-def cropped(grid: Grid, rows: slice, columns: slice) -> Grid:
-    """The part of a grid that a crop keeps."""
-    (y, x), (dy, dx) = grid.origin, grid.spacing
-    origin = (y + rows.start * dy, x + columns.start * dx)
-    return replace(grid, size=(rows.stop - rows.start, columns.stop - columns.start), origin=origin)

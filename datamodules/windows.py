@@ -70,10 +70,15 @@ def cadence_of(times: Times) -> int:
     return cadence
 
 
+def runs_of(times: Times, cadence: int) -> list[tuple[int, int]]:
+    """The first frame of each run, and the one after its last."""
+    borders = np.flatnonzero(np.diff(times) != cadence) + 1
+    return list(pairwise([0, *borders.tolist(), len(times)]))
+
+
 def window_starts(times: Times, cadence: int, length: int, stride: int = 1) -> NDArray[np.int64]:
     """Where the windows of `length` consecutive frames begin: every `stride` frames from the start of each run."""
-    borders = np.flatnonzero(np.diff(times) != cadence) + 1
-    runs = pairwise([0, *borders.tolist(), len(times)])
+    runs = runs_of(times, cadence)
     return np.concatenate([np.arange(first, last - length + 1, stride, dtype=np.int64) for first, last in runs])
 
 
@@ -215,6 +220,32 @@ def index_windows(
     return WindowIndex(
         np.concatenate(archive)[order], np.concatenate(start)[order], block.astype(np.int64), len(events)
     )
+
+
+class RunIndex(NamedTuple):
+    """The runs of one split, N of them, archive by archive."""
+
+    archive: NDArray[np.int64]
+    """N: which archive."""
+    start: NDArray[np.int64]
+    """N: its first frame there."""
+    frames: NDArray[np.int64]
+    """N: how many it has."""
+
+
+def index_runs(archives: Sequence[Times], cadence: int, within: Interval) -> RunIndex:
+    """The runs whose every frame lies `within`, in all archives.
+
+    Args:
+        archives: the times of each.
+        cadence: seconds between frames.
+        within: the split.
+    """
+    runs = []
+    for number, times in enumerate(archives):
+        begin, end = np.searchsorted(times, within)
+        runs += [(number, begin + first, last - first) for first, last in runs_of(times[begin:end], cadence)]
+    return RunIndex(*np.array(runs, dtype=np.int64).reshape(-1, 3).T)
 
 
 class Place(NamedTuple):
