@@ -45,6 +45,8 @@ from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
 from forecast.scoring import scoring_of
+from forecast.tbptt import TruncatedBPTT
+from forecast.teaching import FreeRunning
 
 CONF = Path(__file__).parent / "conf"
 CHANNELS = 1  # of a frame: the target quantity
@@ -72,7 +74,28 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
             raise UserError(
                 f"This loss is for data in {loss.units}, but these are in {data.quantity.units}; use loss=mse."
             )
-        training = {"loss": loss, "optimizer": config.build(cfg.optimizer), "scheduler": config.build(cfg.scheduler)}
+        teaching = config.build(cfg.teaching)
+        if not (isinstance(teaching, FreeRunning) or network.feeds_back):
+            raise UserError(
+                f"model={cfg.model.name} is never fed its own forecasts, so that it cannot be taught; take teaching=none, "
+                "or a model such as next_frame."
+            )
+        tbptt = None
+        if cfg.tbptt.steps is not None:
+            if not network.streams:
+                raise UserError(
+                    f"model={cfg.model.name} carries no state along a stream; set tbptt.steps=null, or take a model such as "
+                    "convlstm."
+                )
+            tbptt = TruncatedBPTT(cfg.tbptt.steps, data.future if cfg.tbptt.every is None else cfg.tbptt.every)
+        training = {
+            "loss": loss,
+            "optimizer": config.build(cfg.optimizer),
+            "scheduler": config.build(cfg.scheduler),
+            "teaching": teaching,
+            "tbptt": tbptt,
+            "seed": cfg.seed,
+        }
         try_out(training["optimizer"], training["scheduler"])
         if cfg.init_from is not None:
             checkpoint.start_from(cfg.init_from, forecaster)
@@ -103,6 +126,8 @@ def train(cfg: DictConfig) -> float | None:
         describe(cfg, module, data)
         return None
     trained = isinstance(module.forecaster, NetworkForecaster)
+    if cfg.run == "fit" and cfg.tbptt.steps is not None:
+        data.train_along_streams(cfg.tbptt.steps, cfg.tbptt.length)
     start = starting_point(cfg)
     if cfg.run == "test" and trained and start is None:
         raise UserError("run=test scores a trained network; give its ckpt_path=RUN/checkpoints/best.ckpt.")

@@ -151,8 +151,8 @@ class FrameData(pl.LightningDataModule):
             then = state_dict.get(name)
             if state_dict["batch"] and then != now:
                 raise UserError(
-                    f"The checkpoint lies inside an epoch with {name.replace('_', ' ')} {then}, but this run has {now}; go on "
-                    "with the same, or train anew from its weights by init_from."
+                    f"The checkpoint lies inside an epoch with {name.replace('_', ' ')} {then}, but this run has {now}; go "
+                    "on with the same, or train anew from its weights by init_from."
                 )
         self._resumed_at = (state_dict["epoch"], state_dict["batch"])
 

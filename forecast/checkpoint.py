@@ -123,7 +123,7 @@ def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | 
             f"{path} was trained on frames of {then['grid']['size']}, the only size that it takes; give it those."
         )
     if resume:
-        for part in ("optimizer", "scheduler", "loss"):
+        for part in ("optimizer", "scheduler", "loss", "teaching", "tbptt"):
             if then["config"][part] != now.config[part]:
                 name, old, new = _difference(part, then["config"][part], now.config[part])
                 raise UserError(

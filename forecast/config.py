@@ -24,7 +24,7 @@ from forecast import schema
 from forecast.errors import UserError
 
 RUNS = ("fit", "test", "describe")
-PARTS = ("data", "loss", "optimizer", "scheduler", "trainer")  # each is built
+PARTS = ("data", "teaching", "loss", "optimizer", "scheduler", "trainer")  # each is built
 COLLECTIONS = ("callbacks", "logger", "references", "metrics")  # each holds parts by name
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
@@ -96,6 +96,15 @@ def check(config: DictConfig) -> None:
     for key, given in config.accumulation.items():
         if any(one <= 0 for one in given) or list(given) != sorted(set(given)):
             raise UserError(f"accumulation.{key} are {list(given)}; give numbers above 0, each above the last.")
+    for key in ("every", "length"):
+        if config.tbptt[key] is not None and config.tbptt.steps is None:
+            raise UserError(
+                f"tbptt.{key} is {config.tbptt[key]}, but tbptt.steps is null: there are no streams; set it too."
+            )
+    if config.tbptt.length is not None and config.tbptt.length < config.tbptt.steps:
+        raise UserError(
+            f"tbptt.length is {config.tbptt.length}; a stream has one chunk of {config.tbptt.steps} frames or more."
+        )
     if (config.model.network is None) == (config.model.baseline is None):
         raise UserError("A model is either a network or a baseline: set one of model.network and model.baseline.")
     for key, allowed, why in LIGHTNING:
@@ -173,6 +182,11 @@ def build_network(
         frame_size=(size[0], size[1]),
     )
     if model["lagrangian"]:
+        if network.feeds_back:
+            raise UserError(
+                f"model.lagrangian takes what a network forecasts for a change, but model={model['name']} reads it as the "
+                "next frame; leave model.lagrangian out."
+            )
         network = build({"_target_": LAGRANGIAN}, network=network, head=head)
     return network, head
 

@@ -29,7 +29,7 @@ def multiply_adds(network: nn.Module, past: tuple[int, ...], static: tuple[int, 
         static: shape of the static fields, 1 K H W.
         steps: frames to forecast, S.
     """
-    weightless = copy.deepcopy(network).to("meta")
+    weightless = copy.deepcopy(network).eval().to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         weightless(torch.empty(past, device="meta"), steps, static=torch.empty(static, device="meta"))
     return counter.get_total_flops() // 2

@@ -4,12 +4,13 @@ Axes: B batch, T past frames, S forecast steps, C channels, H W space.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from forecast.batch import Forecast, Frames
+from forecast.cells.cell import State
 from forecast.heads import Head
 from forecast.networks.network import Output
 from forecast.units import Transform
@@ -73,9 +74,36 @@ class NetworkForecaster(nn.Module):
         self.transform = transform
         self.thresholds = tuple(thresholds)
 
-    def forward(self, past: Tensor, steps: int, static: Tensor) -> Output:
-        """Past B T C H W in physical units -> the network's raw output; what training calls."""
-        return self.network(self.transform.forward(past), steps, static=static)
+    def forward(
+        self,
+        past: Tensor,
+        steps: int,
+        static: Tensor,
+        truth: Tensor | None = None,
+        teach: Tensor | None = None,
+        state: Sequence[State] | None = None,
+        first: Tensor | None = None,
+    ) -> Output:
+        """Past B T C H W in physical units -> the network's raw output; what training calls.
+
+        Args:
+            past, steps, static: as in `predict`.
+            truth: B S C H W, physical values, for teaching; invalid pixels hold the quantity's floor.
+            teach: B (T+S-2) bool, where the network is fed the truth (`forecast.teaching`); never given in a forecast.
+            state: carried from the window before (`forecast.tbptt`).
+            first: B bool, lanes that start anew, whatever `state` says.
+        """
+        more: dict[str, Any] = {} if state is None else {"state": state, "first": first}
+        if self.network.feeds_back:
+            more["feed"] = self.fed_back
+        if teach is not None:
+            assert truth is not None
+            more |= {"teach": teach, "future": self.transform.forward(truth)}
+        return self.network(self.transform.forward(past), steps, static=static, **more)
+
+    def fed_back(self, raw: Tensor) -> Tensor:
+        """The frame that raw numbers of one time mean, in model space: B K H W -> B C H W."""
+        return self.head.point(raw.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
     def predict(

@@ -305,7 +305,7 @@ def _curves(skill: xr.Dataset) -> dict[str, dict[str, list[float]]]:
 def _figures(folder: Path) -> dict[str, Path]:
     """The pictures of a report by the names under which they are logged."""
     kinds = {".png": "figures", ".gif": "films"}
-    found = sorted(path for path in (folder / "figures").iterdir() if path.suffix in kinds and path.name[0] != ".")
+    found = sorted(path for path in folder.glob("figures/*") if path.suffix in kinds and path.name[0] != ".")
     return {f"{kinds[path.suffix]}/{path.stem}": path for path in found}
 
 

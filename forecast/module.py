@@ -4,11 +4,12 @@ Axes: B batch, T past frames, S forecast frames, C channels, H W space.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import xarray as xr
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -23,10 +24,13 @@ from forecast.batch import Forecast, Frames
 from forecast.errors import UserError
 from forecast.forecaster import Forecaster, NetworkForecaster, Prepared
 from forecast.losses import Loss
+from forecast.networks.network import Output
 from forecast.protocol import ROOT
 from forecast.references import predicted
 from forecast.scoring import Scoring
 from forecast.sharding import shard
+from forecast.tbptt import TruncatedBPTT
+from forecast.teaching import FreeRunning, Teaching
 from forecast.units import Grid, Quantity
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -59,6 +63,9 @@ class NowcastModule(pl.LightningModule):
         loss: None for a baseline.
         optimizer: takes the parameters.
         scheduler: takes the optimizer; steps with the optimizer, and is told how many there are if it asks.
+        teaching: where the network is fed the truth in training; None, and in validation and test: after the past nowhere.
+        tbptt: of training batches that are chunks of streams; None where they are windows.
+        seed: of what is drawn in training.
         card: plain containers stored in the checkpoint, from which `forecast.checkpoint` rebuilds the forecaster.
     """
 
@@ -75,6 +82,9 @@ class NowcastModule(pl.LightningModule):
         loss: Loss | None = None,
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = None,
+        teaching: Teaching | None = None,
+        tbptt: TruncatedBPTT | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.name = name
@@ -86,6 +96,9 @@ class NowcastModule(pl.LightningModule):
         self.loss = loss
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.teaching = FreeRunning() if teaching is None else teaching
+        self.tbptt = tbptt
+        self.seed = seed
         self.card = dict(card)
         self.scoring = scoring
         # Modules of this one, so that they go to its device.
@@ -108,8 +121,11 @@ class NowcastModule(pl.LightningModule):
             shard(self.forecaster.network, self.device_mesh)
 
     def training_step(self, batch: Frames, batch_index: int) -> Tensor:
-        loss, _ = self._loss(batch)
-        pixels = batch.valid.sum()
+        # What is drawn for a batch hangs on which batch it is, and not on what was drawn before: a run that goes on draws
+        # the same, and processes draw each their own.
+        seed = (self.seed, self.trainer.global_step, batch_index, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        loss, pixels = self._unrolled(batch, seed)
         cost = loss.detach().double() * pixels
         everywhere = self.trainer.strategy.reduce(torch.stack([cost, pixels.double()]), reduce_op="sum")
         total = everywhere[1].clamp_min(1)
@@ -140,8 +156,8 @@ class NowcastModule(pl.LightningModule):
     def validation_step(self, batch: Frames, batch_index: int) -> None:
         if self.loss is None:
             return
-        loss, raw = self._loss(batch)
-        self.validation_loss.update(loss, batch.valid.sum())
+        raw, loss, pixels = self._forecast(batch)
+        self.validation_loss.update(loss, pixels)
         self.log("validation/loss", self.validation_loss)
         forecast = self._network.read(raw, batch.time, self.scoring.validation_members)
         self.validation_skill.update(self.name, forecast, batch.truth, batch.valid, batch.block.clamp(max=0))
@@ -184,8 +200,8 @@ class NowcastModule(pl.LightningModule):
         if self.loss is None:
             own = predicted(self.forecaster, batch, members)
         else:
-            loss, raw = self._loss(batch)
-            self.test_loss.update(loss, batch.valid.sum())
+            raw, loss, pixels = self._forecast(batch)
+            self.test_loss.update(loss, pixels)
             self.log("test/loss", self.test_loss)
             own = self._network.read(raw, batch.time, members)
         self.sections.update(self.name, own, batch, listed)
@@ -215,9 +231,13 @@ class NowcastModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stormcell"] = self.card
         checkpoint["clipped"] = self.clipped.cpu()
+        if self.tbptt is not None:
+            checkpoint["lanes"] = self.tbptt.gathered(lambda one: cast(Tensor, self.all_gather(one)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.clipped.copy_(checkpoint["clipped"])
+        if self.tbptt is not None:
+            self.tbptt.restore(checkpoint["lanes"], self.global_rank, self.trainer.world_size)
         self.tested = {key: checkpoint[key] for key in ("epoch", "global_step", "stormcell")}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -245,13 +265,55 @@ class NowcastModule(pl.LightningModule):
         whole = loader is not None and sum(self.trainer.num_test_batches) == len(loader)
         return bool(whole and self.trainer.is_global_zero)
 
-    def _loss(self, batch: Frames) -> tuple[Tensor, Tensor]:
-        """The loss, a mean over this batch's valid pixels, and the raw forecast."""
+    def _unrolled(self, batch: Frames, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of a training batch, a mean over its valid pixels, and their number.
+
+        The windows of a chunk follow one another in one graph, which begins at the state that was carried into it.
+        """
+        windows = [batch] if self.tbptt is None else self.tbptt.windows(batch)
+        state = None if self.tbptt is None else self.tbptt.carried(batch.past.device)
+        losses, counts = [], []
+        for number, window in enumerate(windows):
+            teach = self._teach(window, (*seed, number))
+            output = self._network(window.past, self.future, window.static, window.truth, teach, state, window.first)
+            loss, pixels = self._loss(window, output)
+            losses.append(loss)
+            counts.append(pixels)
+            state = output.state
+        if self.tbptt is not None:
+            self.tbptt.carry(state)
+        pixels = torch.stack(counts)
+        return (torch.stack(losses) * (pixels / pixels.sum().clamp_min(1))).sum(), pixels.sum()
+
+    def _teach(self, batch: Frames, seed: Sequence[int]) -> Tensor | None:
+        """Where this batch is fed the truth; None where it is fed none after the past."""
+        if isinstance(self.teaching, FreeRunning):
+            return None
+        step = self.trainer.global_step
+        chance = self.teaching.chance(step)
+        self.log("teaching/probability", chance.future)
+        self.log("teaching/past_probability", chance.past)
+        size, past = batch.past.shape[:2]
+        return self.teaching.draw(size, past, self.future, step=step, seed=seed)
+
+    def _forecast(self, batch: Frames) -> tuple[Tensor, Tensor, Tensor]:
+        """The raw forecast of a network that nobody teaches, its loss, and the number of pixels that this is a mean over."""
+        raw = self._network(batch.past, self.future, batch.static).raw[:, -self.future :].float()
+        return raw, *self._loss(batch, Output(raw))
+
+    def _loss(self, batch: Frames, output: Output) -> tuple[Tensor, Tensor]:
+        """The loss, a mean over this batch's valid pixels, with what the network adds; and the number of these pixels.
+
+        Raw numbers of more frames than the forecast's are next frames of the past, and count like those.
+        """
         assert self.loss is not None
-        output = self._network(batch.past, self.future, batch.static)
-        raw = output.raw[:, -self.future :].float()
-        loss = self.loss(raw, self._network.transform.forward(batch.truth), batch.valid, batch.truth)
-        return (loss if output.aux is None else loss + output.aux), raw.detach()
+        raw = output.raw.float()
+        earlier = batch.past.shape[1] + self.future - raw.shape[1]
+        physical = torch.cat([batch.past, batch.truth], dim=1)[:, earlier:]
+        real = (batch.block >= 0).view(-1, 1, 1, 1, 1)
+        valid = torch.cat([batch.known & real, batch.valid], dim=1)[:, earlier:]
+        loss = self.loss(raw, self._network.transform.forward(physical), valid, physical)
+        return (loss if output.aux is None else loss + output.aux), valid.sum()
 
     def _gradient_norm(self, order: float = 2.0) -> Tensor:
         """Of all gradients together, the parts in other processes included."""

@@ -38,6 +38,7 @@ def write(
     quantity: Quantity,
     cadence: int | None,
     grid: Grid | None = None,
+    figures: bool = True,
 ) -> None:
     """Write skill.nc (NetCDF-4), skill.csv, and the figures: the skill, the spectrum, and of a sample a picture and a film.
 
@@ -48,6 +49,7 @@ def write(
         quantity: of the sample.
         cadence: seconds between frames; None where frames have no time.
         grid: of the sample; see `forecast.plots.forecast_figure`.
+        figures: draw them, too.
     """
     with whole(folder / "skill.nc") as path:
         for section, skill in skills.items():
@@ -61,14 +63,16 @@ def write(
     for section, skill in skills.items():
         with whole(folder / csv_name(section)) as path:
             path.write_text(to_csv(skill), encoding="utf-8")
-    figures = {"skill": skill_figure(skills[ROOT])}
+    if not figures:
+        return
+    drawn = {"skill": skill_figure(skills[ROOT])}
     if "power_forecast" in skills[ROOT]:
-        figures["spectrum"] = spectrum_figure(skills[ROOT])
+        drawn["spectrum"] = spectrum_figure(skills[ROOT])
     if sample is not None:
-        figures["forecast"] = forecast_figure(*sample, quantity, cadence, grid)
+        drawn["forecast"] = forecast_figure(*sample, quantity, cadence, grid)
         with whole(folder / "figures" / "forecast.gif") as path:
             write_film(path, *sample, quantity, cadence, grid)
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         with whole(folder / "figures" / f"{name}.png") as path:
             figure.savefig(path, dpi=_DPI)
 

@@ -30,6 +30,15 @@ class Model:
 
 
 @dataclass
+class TBPTT:
+    """Truncated backpropagation through time, along streams of frames."""
+
+    steps: int | None = None
+    every: int | None = None
+    length: int | None = None
+
+
+@dataclass
 class Metrics:
     """Scores by name: of each validation, of a test, of its accumulations, and of its subsample beside those of the test."""
 
@@ -70,6 +79,8 @@ class Config:
     monitor: Monitor = field(default_factory=Monitor)
     data: dict[str, Any] = field(default_factory=dict)
     model: Model = field(default_factory=Model)
+    teaching: dict[str, Any] = field(default_factory=dict)
+    tbptt: TBPTT = field(default_factory=TBPTT)
     references: dict[str, Model] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=Metrics)
     accumulation: Accumulation = field(default_factory=Accumulation)
@@ -86,6 +97,7 @@ class Config:
 PARTS: dict[str, type] = {
     "monitor": Monitor,
     "model": Model,
+    "tbptt": TBPTT,
     "metrics": Metrics,
     "accumulation": Accumulation,
     "subsample": Subsample,

@@ -19,6 +19,8 @@ TRANSFORM = Linear(-10.0, 60.0)
 
 
 class Repeat(nn.Module):
+    feeds_back = False
+
     """Answers its past's frames and then its last one, and keeps what it was given."""
 
     def forward(self, past: Tensor, steps: int, *, static: Tensor) -> Output:

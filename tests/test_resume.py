@@ -113,8 +113,27 @@ def test_a_killed_run_ends_as_if_it_had_not_been(hook: str, step: int, straight:
             [("batch", 14), ("validation", 28)],
         ),
         (["data.workers=1"], [("batch", 20)]),
+        (
+            [
+                *(
+                    "tbptt.steps=4",
+                    "tbptt.every=2",
+                    "tbptt.length=12",
+                    "data.future=2",
+                    "trainer.limit_train_batches=14",
+                ),
+                *("model.network.cell.zoneout=0.2", "model.network.cell.dropout=0.2"),
+            ],
+            [("batch", 7)],
+        ),
     ],
-    ids=["validations inside epochs", "gathered gradients", "epochs without validation", "a worker that draws ahead"],
+    ids=[
+        "validations inside epochs",
+        "gathered gradients",
+        "epochs without validation",
+        "a worker that draws ahead",
+        "chunks of streams, and noise in the network",
+    ],
 )
 def test_a_killed_run_of_another_rhythm_too(
     overrides: list[str], moments: list[tuple[str, int]], tmp_path: Path

@@ -29,10 +29,12 @@ class Report(pl.Callback):
 
     Args:
         folder: where the files go.
+        figures: draw them, and the film, too.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, figures: bool = True) -> None:
         self.folder = Path(folder)
+        self.figures = figures
         self._shown: Frames | None = None
         self._rank = NOTHING
 
@@ -58,13 +60,14 @@ class Report(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, NowcastModule)
-        sample = self._sample(trainer, pl_module)
+        sample = self._sample(trainer, pl_module) if self.figures else None
         if not trainer.is_global_zero:
             return
         source = provenance_of(pl_module.card["config"], pl_module.tested)
         attributes = {"protocol": pl_module.scoring.protocol.to_text(), "provenance": json.dumps(source)}
         skills = {section: found.assign_attrs(attributes) for section, found in pl_module.results.items()}
-        report.write(self.folder, skills, sample, pl_module.quantity, pl_module.cadence, pl_module.grid)
+        told = (pl_module.quantity, pl_module.cadence, pl_module.grid)
+        report.write(self.folder, skills, sample, *told, figures=self.figures)
         # A file or a pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120)
         for section in (ROOT, SUBSAMPLE):  # slow references are in the second alone
@@ -73,7 +76,8 @@ class Report(pl.Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "publish"):
                 logger.publish(self.folder, skills[ROOT], trainer.global_step)
-        console.print(f"Written to {self.folder}: skill.nc, {', '.join(map(report.csv_name, skills))}, figures/")
+        names = ["skill.nc", *map(report.csv_name, skills), *(["figures/"] if self.figures else [])]
+        console.print(f"Written to {self.folder}: {', '.join(names)}")
 
     def _sample(self, trainer: pl.Trainer, module: NowcastModule) -> report.Sample | None:
         """The window of the process that has the best one, on all processes, with what the models make of it."""

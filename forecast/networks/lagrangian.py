@@ -39,6 +39,7 @@ class Lagrangian(nn.Module):
     """
 
     streams = False
+    feeds_back = False
 
     def __init__(self, network: nn.Module, head: Head) -> None:
         super().__init__()

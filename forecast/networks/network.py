@@ -36,6 +36,8 @@ class Network(Protocol):
     """The only H, W that it takes; None: any."""
     streams: bool
     """Whether its state can be carried from window to window."""
+    feeds_back: bool
+    """Whether it reads its own forecasts, and can be taught by truth in their place."""
 
     def __call__(
         self,
@@ -58,7 +60,7 @@ class Network(Protocol):
             state: carried from the lane's window before.
             first: B bool, lanes that start anew, whatever `state` says.
             future: B S X H W, the truth, for teaching.
-            teach: B (T+S-2) bool, where truth is fed instead of the forecast.
+            teach: B (T+S-2) bool, on the CPU, where truth is fed instead of the forecast.
             feed: raw of one time B K H W -> the frame that is fed back.
         """
         ...
@@ -69,6 +71,7 @@ class EncodeThenForecast(nn.Module):
 
     frame_size: tuple[int, int] | None = None
     streams = True
+    feeds_back = False
 
     @abstractmethod
     def encode(self, past: Tensor, state: Sequence[State] | None = None, first: Tensor | None = None) -> list[State]:

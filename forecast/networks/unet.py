@@ -51,6 +51,7 @@ class UNet(nn.Module):
 
     frame_size: tuple[int, int] | None = None
     streams = False
+    feeds_back = False
 
     def __init__(
         self,
