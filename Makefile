@@ -28,8 +28,9 @@ format: $(VENV)/test  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/test  ## what the scores cost, beside a forward pass and beside pysteps: minutes
+bench: $(VENV)/test  ## what the scores cost, and what backpropagation through time keeps: minutes
 	$(BIN)/python benchmarks/scores.py $(ARGS)
+	$(BIN)/python benchmarks/tbptt.py
 
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,11 +1,12 @@
-"""The benchmark of the scores: it runs, and tells no time of wrong results."""
+"""The benchmarks: they run, and tell no time of wrong results."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import scores
+from benchmarks import scores, tbptt
 from benchmarks.scores import CASES, STREAMS, agree, main, rain
 from forecast.errors import UserError
 
@@ -80,3 +81,16 @@ def test_rain_is_as_wet_as_asked_and_reaches_the_highest_threshold(wet: float) -
 def test_too_few_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="samples is 3; memory is compared after a tenth, so give 20 or more"):
         main(["--pysteps", "--samples", "3", "--out", str(tmp_path / "peer.md")])
+
+
+def test_truncated_backpropagation_keeps_no_more_of_a_longer_stream(tmp_path: Path) -> None:
+    tbptt.main(["--out", str(tmp_path / "tbptt.md")], lengths=(20, 40, 80))
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (tmp_path / "tbptt.md").read_text(), re.MULTILINE)
+    whole, again, cut = zip(
+        *([float(cell.split(",")[0]) for cell in cells.split(" | ")] for _, cells in rows), strict=True
+    )
+    assert whole[2] == pytest.approx(4 * whole[0], rel=0.1)
+    assert len(set(cut)) == 1
+    assert cut[0] == whole[0]
+    assert all(less < all_of / 2 for less, all_of in zip(again, whole, strict=True))
+    assert (tmp_path / "tbptt.png").read_bytes().startswith(b"\x89PNG")
