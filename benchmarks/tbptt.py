@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None, lengths: Sequence[int] = LENGTH
     hardware, today = provenance.hardware(), f"{datetime.now(UTC):%Y-%m-%d}"
     machine = ", ".join([hardware["cpu"], f"{hardware['cores']} cores", *hardware["gpus"]])
     packages = ", ".join(f"{name} {number}" for name, number in provenance.versions().items())
-    about = f"{machine}; {today}; {packages}; commit {provenance.commit()[:9]}; python benchmarks/tbptt.py"
+    about = f"{machine}; {today}; {packages}; commit {provenance.commit()}; python benchmarks/tbptt.py"
     try:
         gate()
         costs = {way: [measured(way, length) for length in lengths] for way in WAYS}

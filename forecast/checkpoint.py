@@ -20,6 +20,7 @@ from forecast import config, provenance
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.forecaster import NetworkForecaster
+from forecast.streaming import Trained
 from forecast.units import Grid, Quantity, transform_from_dict, transform_to_dict
 
 KEY = "stormcell"
@@ -199,6 +200,7 @@ def load_forecaster(path: str | Path) -> tuple[NetworkForecaster, Card]:
     network, head = config.build_network(known.model, channels=1, static_channels=known.static_channels, size=grid.size)
     forecaster = NetworkForecaster(network, head, transform_from_dict(known.transform), quantity_of(known).thresholds)
     forecaster.load_state_dict(_weights(content))
+    forecaster.trained = Trained(known.config["tbptt"]["steps"] is not None, known.past, known.cadence)
     return forecaster.eval(), known
 
 

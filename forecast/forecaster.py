@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from forecast.batch import Forecast, Frames
 from forecast.cells.cell import State
+from forecast.errors import UserError
 from forecast.heads import Head
 from forecast.networks.network import Output
+from forecast.streaming import Stream, Trained
 from forecast.units import Transform
 
 
@@ -73,6 +75,8 @@ class NetworkForecaster(nn.Module):
         self.head = head
         self.transform = transform
         self.thresholds = tuple(thresholds)
+        self.trained: Trained | None = None
+        """How, as its checkpoint says; None for one that comes from none."""
 
     def forward(
         self,
@@ -134,6 +138,22 @@ class NetworkForecaster(nn.Module):
         ]
         known = [one for one in drawn if one is not None]
         return Forecast(mean, self.transform.inverse(torch.cat(known)) if known else None, exceedance)
+
+    def stream(self, static: Tensor) -> Stream:
+        """Forecasts of frames that come one by one; carries its state from frame to frame if it was trained to.
+
+        Args:
+            static: B K H W, for a batch of radars; K is 0 where the network was trained without.
+
+        Raises:
+            UserError: it comes from no checkpoint, so that nobody knows how it was trained.
+        """
+        if self.trained is None:
+            raise UserError(
+                "This network comes from no checkpoint, so that nobody knows whether it was trained along streams; take it "
+                "from forecast.checkpoint.load_forecaster, or say so by forecast.streaming.Stream."
+            )
+        return Stream(self, self.trained, static)
 
 
 def _mixed(seed: int, issue: int) -> int:

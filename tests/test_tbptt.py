@@ -230,6 +230,8 @@ def test_two_processes_train_as_one_with_all_lanes(tmp_path: Path) -> None:
     for name, parallel, batch in (("one", ["trainer.accelerator=cpu"], 4), ("two", ddp(2), 2)):
         commands.run(*digits, *few, *ALONG, *parallel, f"data.batch_size={batch}", folder=tmp_path / name)
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-6)
+    forecaster, _ = checkpoint.load_forecaster(tmp_path / "one/checkpoints/last.ckpt")
+    assert forecaster.stream(torch.zeros(1, 0, 24, 24)).carries
     lanes = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["lanes"] for name in ("one", "two")]
     for one, two in zip(*lanes, strict=True):
         for ours, theirs in zip(one, two, strict=True):
