@@ -77,6 +77,11 @@ def test_without_a_sample_there_is_no_forecast_figure(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "figures")) == ["skill.png", "spectrum.png"]
 
 
+def test_figures_can_be_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {ROOT: skill(DIGITS, None)}, sample(), DIGITS, None, figures=False)
+    assert sorted(os.listdir(tmp_path)) == ["skill.csv", "skill.nc"]
+
+
 @pytest.mark.parametrize(("chosen", "panels"), [("contingency", 4), ("continuous", 3), ("spectrum", 0)])
 def test_scores_that_were_not_chosen_are_not_drawn(chosen: str, panels: int, tmp_path: Path) -> None:
     scored = skill(DBZ, 600, metrics={chosen: METRICS[chosen]})
@@ -137,7 +142,7 @@ def test_nothing_but_nan_can_be_drawn() -> None:
 def shown(folder: Path, batches: list[Frames], monkeypatch: pytest.MonkeyPatch) -> Sample | None:
     """What the report of a test over these batches shows."""
     written: list[Any] = []
-    monkeypatch.setattr(report, "write", lambda folder, skill, sample, *more: written.append(sample))
+    monkeypatch.setattr(report, "write", lambda folder, skill, sample, *more, **options: written.append(sample))
     scope, reference = Scope(DBZ, 2, 4), Reference("reference", Persistence())
     module = NowcastModule(
         *("persistence", Persistence(), DBZ, Grid((4, 4)), 600, 2),

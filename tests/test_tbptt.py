@@ -103,7 +103,7 @@ def cut_by_hand(
                         state=states[lane],
                     )
                 states[lane] = output.state
-                if batch.block[lane] >= 0 and (issues or hasattr(network, "feeds_back")):
+                if batch.block[lane] >= 0 and (issues or network.feeds_back):
                     own = slice(t + 1, t + 1 + output.raw.shape[1])
                     difference = (output.raw.float()[0] - frames[lane, own])[known[lane, own]]
                     errors = errors + difference.square().sum()
