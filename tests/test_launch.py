@@ -143,6 +143,7 @@ def test_slurm_starts_the_processes_and_the_job_names_their_folder(trained: Path
     assert_same_weights(tmp_path / "runs/slurm/77.0", trained, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sweep_over_processes_runs_each_job_by_itself(trained: Path, tmp_path: Path) -> None:
     jobs = ["-m", *DIGITS, *SMALL, CPU, "trainer=ddp,cpu", "seed=1,0", "data.batch_size=2"]
     commands.run(*jobs, f"hydra.sweep.dir={tmp_path}")

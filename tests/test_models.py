@@ -65,7 +65,9 @@ def test_every_parameter_learns(name: str, overrides: tuple[str, ...]) -> None:
     assert {key: share for key, share in dead.items() if share > 0.001} == {}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in (*SLOW, "predrnn") else ()) for name in NAMES]
+)
 def test_one_batch_can_be_learned_by_heart(name: str) -> None:
     size = (30, 30) if name.startswith("hko7") else (12, 8)
     network, head = build(name, size)

@@ -144,6 +144,7 @@ def test_a_sharded_run_s_checkpoint_rebuilds_the_forecaster(sharded: Path) -> No
     )
 
 
+@pytest.mark.slow
 def test_an_optimizer_without_states_and_half_precision_are_sharded_too(tmp_path: Path) -> None:
     half = ["trainer.precision=bf16-mixed", "optimizer.momentum=0"]
     commands.run(*RECIPE, "trainer=fsdp", "trainer.max_epochs=1", *half, folder=tmp_path)

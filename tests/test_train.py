@@ -211,7 +211,7 @@ def test_two_processes_score_every_window_once(finished: Path, tmp_path: Path) -
 
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
-LARGE = ("hko7_convlstm", "moving_mnist_openstl")
+LARGE = ("hko7_convgru", "hko7_convlstm", "moving_mnist_openstl")
 
 
 @pytest.mark.parametrize(
