@@ -44,7 +44,7 @@ def unroll_again(
     """`unroll` of a cell's projected input, which for gradients keeps the state before each stretch of steps alone.
 
     What lies between is computed once more when gradients come back (activation checkpointing; Chen et al. 2016, arXiv
-    1604.06174): less memory, about a third more time, the same numbers.
+    1604.06174): less memory, more time, the same numbers.
 
     Args:
         cell, state, steps: as in `unroll`.
