@@ -23,7 +23,7 @@ import forecast.metrics
 from forecast.batch import Forecast
 from forecast.errors import UserError
 from forecast.metrics.coverage import Coverage
-from forecast.metrics.metric import AdditiveMetric, Scope, Score, paired
+from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score
 
 _POOLED = (
     "a score of several blocks or lead times: their counts and sums are added up, then divided once, so that every valid "
@@ -82,8 +82,10 @@ class Skill(nn.Module):
             valid: B S C H W bool; other pixels are scored nowhere.
             block: B int64; -1 marks a padded sample, scored nowhere.
         """
-        pixels = paired(forecast.mean, truth, valid, block)
-        for metric in self.metrics(model):
+        metrics = self.metrics(model)
+        pixels = Pixels.of(forecast, truth, valid, block)
+        pixels.score(metrics)
+        for metric in metrics:
             metric.update(forecast, truth, valid, block, pixels)
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ denominator gives NaN, never 0: where it did not rain there is no probability of
 Reference: Wilks (2019), Statistical Methods in the Atmospheric Sciences, 4th ed., section 9.2,
 doi 10.1016/C2017-0-03921-6.
 
-Axes: B batch, S forecast frames, C channels, H W space.
+Axes: F frames, C channels, H W space, P thresholds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Score, Sum, by_frame, count, known, ratio
+from forecast.metrics.metric import Counts, FrameMetric, Pixels, Score, Sum, count, ratio
 
 
 def csi(hits: Counts, misses: Counts, false_alarms: Counts) -> Counts:
@@ -129,7 +128,7 @@ def _log(share: Counts) -> Counts:
     return logarithm
 
 
-class Contingency(AdditiveMetric):
+class Contingency(FrameMetric):
     """Counts of hits, misses, false alarms and correct negatives by block, lead time and threshold."""
 
     SUMS: ClassVar[Mapping[str, Sum]] = {
@@ -153,10 +152,10 @@ class Contingency(AdditiveMetric):
     def coordinates(self) -> dict[str, xr.Variable]:
         return {"threshold": self.scope.threshold}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        counted = table(pixels.forecast, pixels.truth, pixels.gap, self.scope.quantity.thresholds)
-        for name, values in zip(self.SUMS, counted, strict=True):
-            self.add(name, block, values)
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        hits, misses, false_alarms = table(few, self.scope.quantity.thresholds)
+        rest = few.known.sum(1, keepdim=True) - hits - misses - false_alarms
+        return {"hits": hits, "misses": misses, "false_alarms": false_alarms, "correct_negatives": rest}
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -174,34 +173,12 @@ class Contingency(AdditiveMetric):
         }
 
 
-def table(forecast: Tensor, truth: Tensor, gap: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, ...]:
-    """Hits, misses, false alarms and correct negatives.
-
-    Args:
-        forecast, truth: B S C H W.
-        gap: B S C H W, NaN at pixels that are counted nowhere, else 0.
-        thresholds: P of them.
-
-    Returns:
-        B S P int64 each.
-    """
-
-    def counts(f: Tensor, o: Tensor, gap: Tensor) -> Tensor:
-        """F 3 (1 + P): pixels three times, then hits, events of the truth and events of the forecast."""
-        columns = [known(gap).expand(3, -1)]
-        f, o = f + gap, o + gap
-        for threshold in thresholds:
-            forecast_events, truth_events = events(f, threshold), events(o, threshold)
-            both = forecast_events * truth_events
-            columns.append(torch.stack([count(one) for one in (both, truth_events, forecast_events)]))
-        return torch.stack(columns, 2).transpose(0, 1)
-
-    # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
-    found = by_frame(counts, forecast.to(truth.dtype), truth, gap)
-    pixels, (hits, observed, forecasts) = found[:, :, 0, :1], found[..., 1:].unbind(2)
-    return hits, observed - hits, forecasts - hits, pixels - observed - forecasts + hits
-
-
-def events(values: Tensor, threshold: float) -> Tensor:
-    """1 where a value is at or above the threshold, else 0, in float32: four times quicker than bool. NaN is no event."""
-    return torch.ge(values, threshold, out=torch.empty_like(values, dtype=torch.float32))
+def table(few: Pixels, thresholds: Sequence[float]) -> Tensor:
+    """Hits, misses and false alarms of a few frames: 3 F P int64, for P thresholds."""
+    counts = few.known.new_zeros(3, len(few.known), len(thresholds))
+    for column, threshold in enumerate(thresholds):
+        events = few.events(threshold)
+        hits = count(events.f * events.o)
+        for row, found in enumerate((hits, events.observed - hits, events.forecasts - hits)):
+            counts[row, :, column] = found.sum(1)
+    return counts

@@ -6,7 +6,7 @@ pool of windows gives every valid pixel the same weight. f is the forecast, o th
 Reference: Wilks (2019), Statistical Methods in the Atmospheric Sciences, 4th ed., section 9.3,
 doi 10.1016/C2017-0-03921-6.
 
-Axes: B batch, S forecast frames, C channels, H W space.
+Axes: F frames, C channels, H W space, N values of a frame.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Score, Sum, by_frame, ratio
+from forecast.metrics.metric import Counts, FrameMetric, Pixels, Score, Sum, ratio
 
 # Below this share of the mean square, a variance is rounding: 1e-6 of the values is some units in float32's last place.
 _CONSTANT = 1e-12
@@ -90,7 +89,7 @@ def _variance(mean_square: Counts, mean: Counts) -> Counts:
     return spread
 
 
-class Continuous(AdditiveMetric):
+class Continuous(FrameMetric):
     """Sums of errors, values, squares and products over the valid pixels; `Coverage` counts the pixels."""
 
     SUMS: ClassVar[Mapping[str, Sum]] = {
@@ -111,10 +110,20 @@ class Continuous(AdditiveMetric):
         "correlation": Score("Pearson correlation", best=1.0, heading="correlation"),
     }
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        sums = by_frame(_moments, pixels.forecast, pixels.truth, pixels.gap)
-        for name, values in zip(self.SUMS, sums.unbind(2), strict=True):
-            self.add(name, block, values)
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        f, o = _numbers(few.f), _numbers(few.o)
+        error = f - o
+        # One product at a time, so that its memory serves the next one.
+        return {
+            "error_sum": error.sum(1),
+            "absolute_error_sum": error.abs().sum(1),
+            "squared_error_sum": (error * error).sum(1),
+            "forecast_sum": f.sum(1),
+            "truth_sum": o.sum(1),
+            "forecast_square_sum": (f * f).sum(1),
+            "truth_square_sum": (o * o).sum(1),
+            "product_sum": (f * o).sum(1),
+        }
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -129,18 +138,9 @@ class Continuous(AdditiveMetric):
         }
 
 
-def _moments(forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
-    """F C H W each -> F 8, the sums of `Continuous`."""
-    f, o = _numbers(forecast, gap), _numbers(truth, gap)
-    error = f - o
-    # One product at a time, so that its memory serves the next one.
-    values = [error.sum(1), error.abs().sum(1), (error * error).sum(1), f.sum(1), o.sum(1)]
-    return torch.stack([*values, (f * f).sum(1), (o * o).sum(1), (f * o).sum(1)], 1)
-
-
-def _numbers(values: Tensor, gap: Tensor) -> Tensor:
-    """F C H W -> F N float64, 0 where there is a gap."""
-    return (values + gap).nan_to_num_(0.0).flatten(1).double()
+def _numbers(values: Tensor) -> Tensor:
+    """F C H W -> F N float64, 0 where there was NaN."""
+    return values.nan_to_num(0.0).flatten(1).double()
 
 
 def cosine(cosine_sum: Counts, cosine_frames: Counts) -> Counts:
@@ -156,7 +156,7 @@ def cosine(cosine_sum: Counts, cosine_frames: Counts) -> Counts:
     return ratio(cosine_sum, cosine_frames)
 
 
-class Cosine(AdditiveMetric):
+class Cosine(FrameMetric):
     """Cosines of single frames, added up."""
 
     SUMS: ClassVar[Mapping[str, Sum]] = {
@@ -165,20 +165,13 @@ class Cosine(AdditiveMetric):
     }
     SCORES: ClassVar[Mapping[str, Score]] = {"cosine": Score("cosine (uncentred correlation)", best=1.0)}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
         floor = self.scope.quantity.floor
-
-        def cosines(forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
-            f, o = (_numbers(values - floor, gap) for values in (forecast, truth))
-            squares = (f * f).sum(1), (o * o).sum(1)
-            norm = (squares[0] * squares[1]).sqrt()
-            cosine = torch.where(norm > 0, (f * o).sum(1) / norm, 0.0)
-            return torch.stack([cosine, (squares[0] + squares[1] > 0).double()], 1)
-
-        for name, values in zip(
-            self.SUMS, by_frame(cosines, pixels.forecast, pixels.truth, pixels.gap).unbind(2), strict=True
-        ):
-            self.add(name, block, values)
+        f, o = _numbers(few.f - floor), _numbers(few.o - floor)
+        squares = (f * f).sum(1), (o * o).sum(1)
+        norm = (squares[0] * squares[1]).sqrt()
+        cosine = torch.where(norm > 0, (f * o).sum(1) / norm, 0.0)
+        return {"cosine_sum": cosine, "cosine_frames": squares[0] + squares[1] > 0}
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -1,6 +1,6 @@
 """How much was scored: windows, valid pixels, and those that cannot be scored because a forecast is not a finite number.
 
-Axes: B batch, S forecast frames, C channels, H W space.
+Axes: F frames, C channels, H W space.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.batch import Forecast
-from forecast.metrics.metric import AdditiveMetric, Pixels, Score, Sum, by_frame, count, known
+from forecast.metrics.metric import FrameMetric, Pixels, Score, Sum, count, ones
 
 
-class Coverage(AdditiveMetric):
+class Coverage(FrameMetric):
     """Part of every `Skill`: `pixels` is what means are divided by, and `undefined` spoils every score of its pool.
 
     Otherwise a network that answers NaN would earn correct negatives.
@@ -27,15 +26,10 @@ class Coverage(AdditiveMetric):
     }
     SCORES: ClassVar[Mapping[str, Score]] = {}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        gap = pixels.gap
-        for part in (forecast.members, forecast.exceedance):
-            if part is not None:
-                gap = torch.where(torch.isfinite(part).all(1), gap, torch.nan)
-        counted = by_frame(lambda one: count(one.int()), pixels.counted)
-        self.add("pixels", block, counted)
-        self.add("undefined", block, counted - by_frame(known, gap))
-        self.add("samples", block, counted > 0)
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        counted = count(ones(few.counted)).sum(1)
+        defined = few.known if few.told is None else count(ones(few.compared & few.told))
+        return {"pixels": counted, "undefined": counted - defined.sum(1), "samples": counted > 0}
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

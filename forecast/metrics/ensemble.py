@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, paired, ratio
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, ratio
 
 _AT_ONCE = 2**20  # numbers of members looked at together: 8 MiB in float64, of which some copies live at a time
 
@@ -146,7 +146,7 @@ class Ensemble(AdditiveMetric):
             seen = pixels.truth[rows, leads].double()
             errors = members[rows, :, leads].double() - seen.unsqueeze(1)
             # A mean over members is finite where all of them are.
-            defined = paired(errors.mean(1), seen, pixels.counted[rows, leads], block[rows]).compared
+            defined = Pixels(errors.mean(1), seen, pixels.counted[rows, leads]).compared
             errors = torch.where(defined.unsqueeze(1), errors, 0.0).movedim(1, 2).flatten(3)
             for name, values in self._sums(errors, defined.flatten(2)).items():
                 whole = sums.setdefault(name, values.new_zeros(samples, steps, *values.shape[2:]))

@@ -1,14 +1,16 @@
 """What every score is made of: sums that add up over batches, blocks and processes, and what is read off any pool of them.
 
 A score is one file in this folder: pure functions with its equation, and one class that names its sums, collects them on
-the device, and reads its scores off them after they were pooled as the reader likes.
+the device, and reads its scores off them after they were pooled as the reader likes. Most score each frame by itself, and
+are given a few at a time (`FrameMetric`).
 
-Axes: B batch, S forecast frames, C channels, H W space.
+Axes: B batch, S forecast frames, F frames of a batch, C channels, H W space.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -81,23 +83,108 @@ class Score(NamedTuple):
     """Where they are no power of the quantity's."""
 
 
-class Pixels(NamedTuple):
-    """The point forecast and the truth of a batch, with what all metrics ask of them."""
+class Events(NamedTuple):
+    """Events of frames."""
 
-    forecast: Tensor
-    """B S C H W, in physical units; any numbers may lie where there is nothing to compare."""
-    truth: Tensor
-    """B S C H W, in the same units."""
-    counted: Tensor
-    """B S C H W bool: valid, in a sample that is no padding."""
-    gap: Tensor
-    """B S C H W: 0 where forecast and truth can be compared, which are counted and finite; else NaN. Added to them, it hides
-    the rest: NaN is no event, and `nan_to_num` makes it any number, both several times quicker than `torch.where`."""
+    f: Tensor
+    """F C H W float32, 1 where one is forecast, else 0."""
+    o: Tensor
+    """F C H W float32, 1 where there is one, else 0."""
+    forecasts: Tensor
+    """F C int64, how many are forecast."""
+    observed: Tensor
+    """F C int64, how many there are."""
 
-    @property
+
+class Pixels:
+    """The point forecast and the truth of a batch, or of a few of its frames, with what metrics ask of them.
+
+    Args:
+        forecast: ... C H W, in physical units; any numbers may lie where there is nothing to compare.
+        truth: ... C H W, in the same units.
+        counted: ... C H W bool: valid, in a sample that is no padding.
+        told: ... C H W bool, where all members and probabilities of the forecast are finite; None where it has neither.
+    """
+
+    def __init__(self, forecast: Tensor, truth: Tensor, counted: Tensor, told: Tensor | None = None) -> None:
+        self.forecast = forecast
+        self.truth = truth
+        self.counted = counted
+        self.told = told
+        self.sums: dict[AdditiveMetric, dict[str, Tensor]] = {}
+        """What the frames of a batch add to metrics that score each by itself, B S ...; see `score`."""
+        self._events: dict[float, Events] = {}
+
+    @classmethod
+    def of(cls, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> "Pixels":
+        """Those of a batch; the arguments are those of `AdditiveMetric.update`."""
+        parts = (part for part in (forecast.members, forecast.exceedance) if part is not None)
+        told = [torch.isfinite(part).all(1) for part in parts]
+        counted = valid & (block >= 0).view(-1, 1, 1, 1, 1)
+        return cls(forecast.mean, truth, counted, torch.stack(told).all(0) if told else None)
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """... C H W: 0 where forecast and truth can be compared, which are counted and finite; else NaN.
+
+        Added to them, it hides the rest: NaN is no event, and `nan_to_num` makes it any number, both several times quicker
+        than `torch.where`.
+        """
+        # A number that is not finite, times 0, is NaN, and so is 0 / 0.
+        return (self.forecast - self.truth).mul_(0).div_(ones(self.counted)).to(self.truth.dtype)
+
+    @cached_property
     def compared(self) -> Tensor:
-        """B S C H W bool: counted, and finite in both."""
+        """... C H W bool: counted, and finite in both."""
         return self.gap == 0
+
+    @cached_property
+    def known(self) -> Tensor:
+        """Pixels that can be compared, of frames F C H W: F C int64."""
+        return count(torch.eq(self.gap, 0, out=torch.empty_like(self.gap)))
+
+    @cached_property
+    def f(self) -> Tensor:
+        """The forecast, NaN where there is nothing to compare."""
+        return self.forecast + self.gap
+
+    @cached_property
+    def o(self) -> Tensor:
+        """The truth (what was observed), NaN where there is nothing to compare."""
+        return self.truth + self.gap
+
+    def events(self, threshold: float) -> "Events":
+        """Of frames F C H W: where forecast and truth are at or above a threshold."""
+        if threshold not in self._events:
+            # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides. In
+            # float32, which is four times quicker than bool. NaN is no event.
+            f, o = (
+                torch.ge(field.to(self.o.dtype), threshold, out=torch.empty_like(field, dtype=torch.float32))
+                for field in (self.f, self.o)
+            )
+            self._events[threshold] = Events(f, o, count(f), count(o))
+        return self._events[threshold]
+
+    def few(self) -> Iterator["Pixels"]:
+        """The frames F C H W of a batch, a few at a time."""
+        # An accelerator wants more to do at once; its memory still holds it.
+        pixels = 2**16 if self.truth.device.type == "cpu" else 2**24
+        most = 1 + pixels // max(1, self.truth.shape[2:].numel())
+        fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
+        for part in zip(*(field.flatten(0, 1).split(most) for field in fields), strict=True):
+            yield Pixels(*part)
+
+    def score(self, metrics: Iterable["AdditiveMetric"]) -> None:
+        """Finds the sums for all metrics that score each frame by itself.
+
+        A few frames at a time, so that they, and what metrics make of them on the way, stay in a CPU's cache.
+        """
+        chosen = [metric for metric in metrics if isinstance(metric, FrameMetric)]
+        parts = [[metric.frames(few) for metric in chosen] for few in self.few()]
+        size = self.truth.shape[:2]
+        for metric, found in zip(chosen, zip(*parts, strict=True), strict=True):
+            names = found[0]
+            self.sums[metric] = {name: torch.cat([one[name] for one in found]).unflatten(0, size) for name in names}
 
 
 class AdditiveMetric(Metric):
@@ -140,9 +227,9 @@ class AdditiveMetric(Metric):
             truth: B S C H W, in the same units.
             valid: B S C H W bool; other pixels add nothing, whatever numbers lie there.
             block: B int64, 0 to blocks-1; a sample of block -1 is padding and adds nothing.
-            pixels: what `paired` makes of these, where it is known already.
+            pixels: of these, where they are known already.
         """
-        self.collect(forecast, pixels or paired(forecast.mean, truth, valid, block), block)
+        self.collect(forecast, pixels or Pixels.of(forecast, truth, valid, block), block)
 
     @abstractmethod
     def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
@@ -181,45 +268,25 @@ class AdditiveMetric(Metric):
         return self
 
 
-def paired(forecast: Tensor, truth: Tensor, valid: Tensor, block: Tensor) -> Pixels:
-    """Point forecast and truth, once for all metrics.
+class FrameMetric(AdditiveMetric):
+    """A metric that scores each frame by itself."""
 
-    Args:
-        forecast, truth: B S C H W.
-        valid, block: as in `AdditiveMetric.update`.
-    """
+    @abstractmethod
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        """What each of a few frames adds to the SUMS: F ... by name, channels added up."""
 
-    def gaps(f: Tensor, o: Tensor, counted: Tensor) -> Tensor:
-        # 0 times a number that is not finite is NaN, and so is 0 / 0.
-        return ((f * 0 + o * 0) / counted.int()).to(o.dtype)
-
-    counted = valid & (block >= 0).view(-1, 1, 1, 1, 1)
-    return Pixels(forecast, truth, counted, by_frame(gaps, forecast, truth, counted))
+    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
+        if self not in pixels.sums:
+            pixels.score([self])
+        for name, values in pixels.sums[self].items():
+            self.add(name, block, values)
 
 
-def by_frame(compute: Callable[..., Tensor], *fields: Tensor) -> Tensor:
-    """Applies a function of frames to a few frames at a time, so that what it makes on the way stays in a CPU's cache.
-
-    Args:
-        compute: takes some frames of each field, F C H W, and returns F ...; each frame for itself.
-        fields: B S C H W.
-
-    Returns:
-        B S ...
-    """
-    size = fields[0].shape
-    # An accelerator wants more to do at once; its memory still holds it.
-    pixels = 2**16 if fields[0].device.type == "cpu" else 2**24
-    few = 1 + pixels // max(1, size[2:].numel())
-    parts = zip(*(field.flatten(0, 1).split(few) for field in fields), strict=True)
-    return torch.cat([compute(*part) for part in parts]).unflatten(0, size[:2])
+def ones(mask: Tensor) -> Tensor:
+    """True and False as 1 and 0 in float32, by way of uint8, which is several times quicker."""
+    return mask.view(torch.uint8).float()
 
 
 def count(ones: Tensor) -> Tensor:
-    """Zeros and ones, F C H W -> F int64: exact, since no row is longer than float32 counts."""
-    return ones.sum(3).long().sum((1, 2))
-
-
-def known(gap: Tensor) -> Tensor:
-    """Pixels that can be compared, by `Pixels.gap`: F C H W -> F int64."""
-    return count(torch.eq(gap, 0, out=torch.empty_like(gap)))
+    """Zeros and ones, F C H W -> F C int64: exact, since no row is longer than float32 counts."""
+    return ones.sum(3).long().sum(2)

@@ -3,7 +3,7 @@
 A pixel is an event where its value is at or above the threshold. Missing pixels, and what lies beyond the border, are no
 events.
 
-Axes: B batch, S forecast frames, C channels, H W space; F images, which are B S C of them, one after another.
+Axes: F frames, C channels, H W space, N scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,9 @@ import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
 
-from forecast.batch import Forecast
 from forecast.errors import UserError
 from forecast.metrics import contingency
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, by_frame, count, ratio
+from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, Sum, ratio
 
 _LARGEST = 181
 """Pixels; the square of a larger window does not fit into the 16 bits that a count has."""
@@ -51,7 +50,7 @@ def useful_scale(score: xr.DataArray, frequency: xr.DataArray) -> xr.DataArray:
     return score["scale"].astype(float).where(useful).min("scale")
 
 
-class Fractions(AdditiveMetric):
+class Fractions(FrameMetric):
     """Sums of squared differences of the shares of events in windows, by threshold and scale.
 
     The shares are counts in whole numbers, so that each sum over an image is exact.
@@ -82,14 +81,28 @@ class Fractions(AdditiveMetric):
         about = {"long_name": "side of the window", "units": "pixels"}
         return {"threshold": self.scope.threshold, "scale": xr.Variable("scale", np.asarray(self.scales), about)}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        sums = by_frame(self._sums, pixels.forecast.to(pixels.truth.dtype), pixels.truth, pixels.gap)
-        d, s = sums[..., :-1].unflatten(-1, (len(self.scales), 2)).unbind(-1)
-        windows = torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 4
-        self.add("fractions_difference", block, d / windows)
-        # f^2 + o^2 = (d^2 + s^2) / 2, for d = f - o and s = f + o
-        self.add("fractions_square", block, (d + s) / 2 / windows)
-        self.add("observed_events", block, sums[..., -1])
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        images = few.known.numel()
+        thresholds = self.scope.quantity.thresholds
+        sums = few.o.new_zeros((images, len(thresholds), len(self.scales), 2), dtype=torch.float64)
+        observed = few.known.new_zeros((images, len(thresholds)))
+        for column, threshold in enumerate(thresholds):
+            events = few.events(threshold)
+            observed[:, column] = events.observed.flatten()
+            # An image without events adds nothing, and costs nothing more.
+            some = (events.forecasts + events.observed).flatten().nonzero().flatten()
+            if len(some):
+                f, o = (field.flatten(0, 1) for field in (events.f, events.o))
+                sums[some, column] = self._squares(*((f, o) if len(some) == images else (f[some], o[some])))
+        sums /= torch.tensor(self.scales, dtype=torch.float64, device=sums.device)[:, None] ** 4
+        sums, observed = (one.unflatten(0, few.known.shape).sum(1) for one in (sums, observed))
+        difference, total = sums.unbind(-1)
+        return {
+            "fractions_difference": difference,
+            # f^2 + o^2 = ((f - o)^2 + (f + o)^2) / 2
+            "fractions_square": (difference + total) / 2,
+            "observed_events": observed,
+        }
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -97,31 +110,14 @@ class Fractions(AdditiveMetric):
         frequency = ratio(counts["observed_events"], counts["pixels"])
         return {"fss": score, "fss_useful_scale": useful_scale(score, frequency)}
 
-    def _sums(self, forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
-        """F C H W each -> F P (scales x 2 + 1): the sums of `_windows`, and the events of the truth."""
-        f, o = ((field + gap).flatten(0, 1) for field in (forecast, truth))
-        thresholds = self.scope.quantity.thresholds
-        sums = f.new_zeros((len(f), len(thresholds), 2 * len(self.scales) + 1), dtype=torch.float64)
-        for column, threshold in enumerate(thresholds):
-            forecast_events, truth_events = contingency.events(f, threshold), contingency.events(o, threshold)
-            observed, forecasts = count(truth_events[:, None]), count(forecast_events[:, None])
-            # An image without events adds nothing, and costs nothing more.
-            some = (forecasts + observed).nonzero().flatten()
-            if len(some) < len(f):
-                forecast_events, truth_events = forecast_events[some], truth_events[some]
-            if len(some):
-                sums[some, column, :-1] = self._windows(forecast_events, truth_events)
-                sums[:, column, -1] = observed.double()
-        return sums.unflatten(0, truth.shape[:2]).sum(1)
-
-    def _windows(self, forecast: Tensor, truth: Tensor) -> Tensor:
+    def _squares(self, forecast: Tensor, truth: Tensor) -> Tensor:
         """Sums over all windows, in whole numbers.
 
         Args:
-            forecast, truth: zeros and ones, F H W; the forecast's are overwritten.
+            forecast, truth: zeros and ones, I H W.
 
         Returns:
-            F (scales x 2): of (f - o)^2 and (f + o)^2, with f and o the events in a window.
+            I N 2: of (f - o)^2 and (f + o)^2, with f and o the events in a window.
         """
         images, height, width = truth.shape
         # Images lie one after another in a row of numbers, with zeros to the right of each line and below each image, which
@@ -135,7 +131,7 @@ class Fractions(AdditiveMetric):
         sums = []
         side, window = 1, torch.zeros(first + images * rows * line, dtype=torch.int32, device=truth.device)
         events = window
-        events.as_strided(truth.shape, strides, first).copy_(forecast.mul_(1 + 2**16).add_(truth, alpha=1 - 2**16))
+        events.as_strided(truth.shape, strides, first).copy_((forecast * (1 + 2**16)).add_(truth, alpha=1 - 2**16))
         for scale in self.scales:
             if scale % side:
                 side, window = 1, events
@@ -148,7 +144,7 @@ class Fractions(AdditiveMetric):
             for part in (inside >> 16, inside & 0xFFFF):
                 part = part.to(exact)
                 sums.append(part.mul_(part).sum(2, dtype=exact).double().sum(1))
-        return torch.stack(sums, 1)
+        return torch.stack(sums, 1).unflatten(1, (-1, 2))
 
 
 def _runs(values: Tensor, length: int, step: int) -> Tensor:
@@ -161,7 +157,7 @@ def _runs(values: Tensor, length: int, step: int) -> Tensor:
     return sums if length % 2 == 0 else sums[:-step] + values[(length - 1) * step :]
 
 
-class PooledContingency(AdditiveMetric):
+class PooledContingency(FrameMetric):
     """Counts of hits, misses and false alarms of block maxima, as in the papers on generative nowcasting.
 
     Forecast and truth are replaced by their maxima over blocks of pool x pool pixels that do not overlap (stride = pool);
@@ -196,19 +192,15 @@ class PooledContingency(AdditiveMetric):
         about = {"long_name": "side of the blocks", "units": "pixels"}
         return {"threshold": self.scope.threshold, "pool": xr.Variable("pool", np.asarray(self.pools), about)}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        size, dtype = pixels.truth.shape, pixels.truth.dtype
-        # A maximum forgets minus infinity, unless there is nothing else: 0 times it is NaN.
-        f, o = (
-            (field.to(dtype) + pixels.gap).nan_to_num_(-torch.inf).flatten(0, 1)
-            for field in (pixels.forecast, pixels.truth)
-        )
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        # A maximum forgets minus infinity, unless there is nothing else, which is no event.
+        f, o = (field.to(few.o.dtype).nan_to_num(-torch.inf) for field in (few.f, few.o))
         by_pool = []
         for pool in self.pools:
-            highest_f, highest_o = (F.max_pool2d(x, pool, ceil_mode=True).unflatten(0, size[:2]) for x in (f, o))
-            by_pool.append(contingency.table(highest_f, highest_o, highest_o * 0, self.scope.quantity.thresholds)[:3])
-        for name, values in zip(self.SUMS, zip(*by_pool, strict=True), strict=True):
-            self.add(name, block, torch.stack(values, -1))
+            highest_f, highest_o = (F.max_pool2d(field, pool, ceil_mode=True) for field in (f, o))
+            blocks = Pixels(highest_f, highest_o, torch.ones_like(highest_o, dtype=torch.bool))
+            by_pool.append(contingency.table(blocks, self.scope.quantity.thresholds))
+        return dict(zip(self.SUMS, torch.stack(by_pool, -1), strict=True))
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, paired, ratio
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, ratio
 
 _AT_ONCE = 2**20  # pixels looked at together, a sample at least: 8 MiB in float64, of which some copies live at a time
 _BIN = "probability_bin"
@@ -161,10 +161,10 @@ class Probability(AdditiveMetric):
             "event_frequency": ratio(events, count),
         }
 
-    def _update(self, evidence: Tensor, truth: Tensor, valid: Tensor, block: Tensor, *, given: bool) -> None:
+    def _update(self, evidence: Tensor, truth: Tensor, counted: Tensor, block: Tensor, *, given: bool) -> None:
         """Some samples of a batch; the evidence is given probabilities, B P S C H W, or members, B M S C H W."""
         # A mean over members, or over thresholds, is finite where all of them are.
-        defined = paired(evidence.mean(1), truth, valid, block).compared
+        defined = Pixels(evidence.mean(1), truth, counted).compared
         found = []
         for index, threshold in enumerate(self.scope.quantity.thresholds):
             probability = evidence[:, index].double() if given else _share(evidence, threshold, truth.dtype)

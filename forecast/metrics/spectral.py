@@ -10,7 +10,7 @@ Values are taken above the quantity's floor: the power at wavenumber 0 is that o
 
 Reference: Ruzanski and Chandrasekar (2011), IEEE Trans. Geosci. Remote Sens. 49, 2296, doi 10.1109/TGRS.2010.2103946.
 
-Axes: B batch, S forecast frames, C channels, H W space, K wavenumbers.
+Axes: F frames, C channels, H W space, K wavenumbers.
 """
 
 from collections.abc import Mapping
@@ -22,9 +22,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Pixels, Scope, Score, Sum, by_frame, ratio
+from forecast.metrics.metric import FrameMetric, Pixels, Scope, Score, Sum, ratio
 
 FINE = 8
 """Pixels; shorter waves are the detail that sharpness looks at."""
@@ -93,7 +92,7 @@ def coherence(
     return ratio(cross_power_sum, (forecast_power_sum * truth_power_sum) ** 0.5).clip(-1.0, 1.0)
 
 
-class Spectrum(AdditiveMetric):
+class Spectrum(FrameMetric):
     """Power of forecast and truth, and of their product, summed over the cells of each ring of wavenumbers.
 
     A pixel that is missing, or not finite, holds the floor in both. A frame without a pixel to compare counts nowhere.
@@ -143,13 +142,19 @@ class Spectrum(AdditiveMetric):
         values = np.arange((longer + 1) // 2) / longer
         return {"wavenumber": xr.Variable("wavenumber", values, {"long_name": "wavenumber", "units": "cycles/pixel"})}
 
-    def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        powers = by_frame(self._powers, pixels.forecast, pixels.truth, pixels.gap)
-        for name, values in zip(self.SUMS, powers.unbind(2), strict=False):
-            self.add(name, block, values)
-        _, cells = _rings(self.size, pixels.truth.device)
-        frames = pixels.compared.flatten(3).any(3).sum(2)
-        self.add("ring_cells", block, frames[..., None] * cells)
+    def frames(self, few: Pixels) -> dict[str, Tensor]:
+        _, cells = _rings(self.size, few.o.device)
+        # In float64, which costs little here, so that the weakest waves are not the rounding of the strongest.
+        floor = self.scope.quantity.floor
+        f, o = (torch.fft.rfft2((field.double() - floor).nan_to_num_(0.0)) for field in (few.f, few.o))
+        # One conjugate for two products.
+        conjugate = o.conj().resolve_conj()
+        return {
+            "forecast_power_sum": self._by_ring(f * f.conj()),
+            "truth_power_sum": self._by_ring(o * conjugate),
+            "cross_power_sum": self._by_ring(f * conjugate),
+            "ring_cells": (few.known > 0).sum(1, keepdim=True) * cells,
+        }
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
@@ -167,37 +172,31 @@ class Spectrum(AdditiveMetric):
             "effective_resolution": effective_resolution(forecast_power, truth_power),
         }
 
-    def _powers(self, forecast: Tensor, truth: Tensor, gap: Tensor) -> Tensor:
-        """Power of the forecast, of the truth and of their product, of frames F C H W: F 3 K."""
-        floor = self.scope.quantity.floor
-        # In float64, which costs little here, so that the weakest waves are not the rounding of the strongest.
-        f, o = (torch.fft.rfft2(((field + gap).double() - floor).nan_to_num_(0.0)) for field in (forecast, truth))
-        return torch.stack([self._by_ring(f, f), self._by_ring(o, o), self._by_ring(f, o)], 1)
-
-    def _by_ring(self, a: Tensor, b: Tensor) -> Tensor:
-        """Re(a conj b) / (H W), added up over channels and the cells of each ring: B C H W/2+1 complex -> B K."""
-        height, width = self.size
-        product = (a.real * b.real).addcmul_(a.imag, b.imag).sum(1)
-        # rfft2 leaves out the columns that mirror others: those count twice.
-        product[..., 1 : (width + 1) // 2] *= 2
-        rings, cells = _rings(self.size, a.device)
-        sums = product.new_zeros(len(product), len(cells) + 1)
-        sums.index_add_(1, rings, product.flatten(1))
-        return sums[:, :-1] / (height * width)
+    def _by_ring(self, product: Tensor) -> Tensor:
+        """Real part over H W, added up over channels and the cells of each ring: F C H W/2+1 complex -> F K."""
+        frames, channels, height = product.shape[:3]
+        bins, cells = _rings(self.size, product.device)
+        sums = product.real.new_zeros(frames * channels, 2 * (len(cells) + 1))
+        sums.index_add_(1, bins, product.flatten(0, 1).flatten(1).real)
+        once, twice = sums.view(frames, channels, 2, -1)[..., :-1].sum(1).unbind(1)
+        return (once + 2 * twice) / (height * self.size[1])
 
 
 @cache
 def _rings(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The ring of each cell of rfft2, flat (K for the corners, beyond the last), and the cells of fft2 in each ring."""
+    """Where the cells of rfft2 are added up, and the cells of fft2 in each of the K rings.
+
+    rfft2 leaves out the columns that mirror others, and these count twice: there are K + 1 bins for cells that count once
+    (a ring each, and one for the corners beyond the last), and K + 1 for the others. Cells are flat.
+    """
     height, width = size
     longer = max(size)
     last = (longer + 1) // 2
     y, x = np.fft.fftfreq(height) * longer, np.fft.rfftfreq(width) * longer
-    rings = np.minimum(np.hypot(y[:, None], x).round().astype(np.int64), last)
-    twice = np.ones_like(rings)
-    twice[:, 1 : (width + 1) // 2] = 2
-    cells = np.bincount(rings.ravel(), weights=twice.ravel(), minlength=last + 1)[:last].astype(np.int64)
-    return torch.from_numpy(rings.ravel()).to(device), torch.from_numpy(cells).to(device)
+    bins = np.minimum(np.hypot(y[:, None], x).round().astype(np.int64), last)
+    bins[:, 1 : (width + 1) // 2] += last + 1
+    once, twice = np.bincount(bins.ravel(), minlength=2 * (last + 1)).reshape(2, -1)[:, :last]
+    return torch.from_numpy(bins.ravel()).to(device), torch.from_numpy(once + 2 * twice).to(device)
 
 
 def _without_rounding(power: xr.DataArray) -> xr.DataArray:
