@@ -40,7 +40,7 @@ from forecast import checkpoint, command_line, config, launch
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import clear, whole
-from forecast.forecaster import Forecaster, NetworkForecaster
+from forecast.forecaster import Forecaster, NetworkForecaster, check_given
 from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
@@ -68,6 +68,12 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
         network, head = config.build_network(
             cfg.model, channels=CHANNELS, static_channels=data.static_channels, size=data.grid.size
         )
+        check_given(f"model={cfg.model.name}", network, data.after)
+        if data.accumulate > 1 and (network.feeds_back or cfg.model.lagrangian):
+            raise UserError(
+                f"model={cfg.model.name} forecasts one frame of the archive from the other, but data.accumulate="
+                f"{data.accumulate} asks for means of several; set it to 1, or take a model such as many_to_one."
+            )
         forecaster = NetworkForecaster(network, head, data.transform, data.quantity.thresholds)
         loss: Loss = config.build(cfg.loss, head=head)
         if loss.units not in (None, data.quantity.units):
@@ -245,7 +251,7 @@ def begin(cfg: DictConfig, trainer: pl.Trainer, module: NowcastModule, data: Fra
     sizes = " x ".join(map(str, data.grid.size))
     device = f"{trainer.world_size} {trainer.strategy.root_device.type}"
     print(
-        f"{cfg.model.name}, {parameters:,} parameters: {data.past} -> {data.future} frames of {sizes}, "
+        f"{cfg.model.name}, {parameters:,} parameters: {data.task} of {sizes}, "
         f"{data.quantity.long_name} in {data.quantity.units}; on {device}; run folder {cfg.folder}"
         + ("" if start is None or cfg.run != "fit" else f"; goes on from {start}")
     )

@@ -76,7 +76,14 @@ class RadarCuts:
 
 
 class RadarWindows(RadarCuts):
-    """The windows of one split."""
+    """The windows of one split.
+
+    Args:
+        archives, fields, crop: as in `RadarCuts`.
+        index: of the windows.
+        past: frames, T.
+        future: all that follow.
+    """
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -44,6 +45,7 @@ class FrameData(pl.LightningDataModule):
         batch_size: windows in a batch, on each process.
         workers: processes that make batches beside the training; 0 makes them in the training process.
         seed: of everything random in the samples.
+        after: frames given that follow those to forecast, which then fill a gap, A.
     """
 
     quantity: Quantity
@@ -55,14 +57,17 @@ class FrameData(pl.LightningDataModule):
     """Seconds between frames; None where frames have no time (digits)."""
     static_channels: int = 0
     """Number of static fields, K."""
+    accumulate: int = 1
+    """Frames whose mean is one frame to forecast."""
 
-    def __init__(self, past: int, future: int, batch_size: int, workers: int, seed: int) -> None:
+    def __init__(self, past: int, future: int, batch_size: int, workers: int, seed: int, after: int = 0) -> None:
         super().__init__()
         for name, value, least in (
             ("past", past, 1),
             ("future", future, 1),
             ("batch_size", batch_size, 1),
             ("workers", workers, 0),
+            ("after", after, 0),
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}; it must be at least {least}.")
@@ -71,6 +76,7 @@ class FrameData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self.after = after
         self._resumed_at = (0, 0)
         self._streams: Streams | None = None
 
@@ -94,10 +100,36 @@ class FrameData(pl.LightningDataModule):
         What a model is given (past frames, static fields, training data) is none of it.
         """
 
+    @property
+    def following(self) -> int:
+        """Frames of a window that follow its past: `Batch.future` has so many."""
+        return self.future * self.accumulate + self.after
+
+    @property
+    def lead(self) -> int | None:
+        """Seconds between frames to forecast; None where frames have no time."""
+        return None if self.cadence is None else self.cadence * self.accumulate
+
+    @property
+    def task(self) -> str:
+        """How many frames are given, and how many are to be forecast from them, in words."""
+        given = f"{self.past} before + {self.after} after" if self.after else f"{self.past}"
+        mean = f"x the mean of {self.accumulate} " if self.accumulate > 1 else ""
+        return f"{given} -> {self.future} {mean}frames"
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Frames:
-        """Decodes a batch on the device: packed numbers travel, physical values do not."""
+        """Decodes a batch on the device: packed numbers travel, physical values do not.
+
+        The last `after` frames of a window are given like its past, and those before them are the truth, `accumulate` of
+        them in each of its frames: their mean, valid where all of them are.
+        """
         past, known = self.quantity.decode(batch.past)
-        truth, valid = self.quantity.decode(batch.future)
+        following, seen = self.quantity.decode(batch.future)
+        gap = following.shape[1] - self.after
+        past, known = torch.cat([past, following[:, gap:]], dim=1), torch.cat([known, seen[:, gap:]], dim=1)
+        valid = seen[:, :gap].unflatten(1, (-1, self.accumulate)).all(2)
+        truth = following[:, :gap].unflatten(1, (-1, self.accumulate)).mean(2)
+        truth = torch.where(valid, truth, self.quantity.floor)
         valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
         return Frames(past, known, truth, valid, batch.static, batch.time, batch.block, batch.first)
 
@@ -121,7 +153,16 @@ class FrameData(pl.LightningDataModule):
         """
 
     def train_along_streams(self, chunk: int, length: int | None) -> None:
-        """From now on training batches are chunks of streams, one stream in each lane, and no windows."""
+        """From now on training batches are chunks of streams, one stream in each lane, and no windows.
+
+        Raises:
+            UserError: a window is not the frames of a stream in their order.
+        """
+        if self.after or self.accumulate > 1:
+            raise UserError(
+                f"tbptt.steps trains along streams, in which the next frames are to be forecast, but data.after is "
+                f"{self.after} and one frame is the mean of {self.accumulate}; set tbptt.steps=null."
+            )
         self._streams = self.streams(chunk, length)
 
     def unweighted(self, split: Split) -> Windows:

@@ -69,7 +69,7 @@ class MovingDigits:
     Args:
         images: the digits to draw from, n D D uint8.
         sequences: number of sequences in the split.
-        past, future: frames, T and S.
+        past, future: frames, T, and those that follow.
         size: side of the canvas, H = W.
         digits: digits on a canvas, N.
         speed: least and greatest speed, pixels a frame.
@@ -205,8 +205,7 @@ class Oracle:
         generator: torch.Generator | None = None,
     ) -> Forecast:
         """The frames that follow; the arguments are those of `Forecaster`."""
-        length = past.shape[1] + steps
-        frames = torch.from_numpy(self.sequences.sequences(time.cpu().numpy(), 0, length)[:, past.shape[1] :])
+        frames = torch.from_numpy(self.sequences.sequences(time.cpu().numpy(), 0, steps, begin=self.sequences.past))
         return Forecast(FRAMES.decode(frames.unsqueeze(2).to(past.device))[0])
 
 
@@ -224,6 +223,7 @@ class MovingDigitsData(FrameData):
         speed: least and greatest speed, pixels a frame.
         train, validation, test: number of sequences of each split.
         fresh: draw other training sequences in every epoch.
+        after: see `FrameData`.
     """
 
     cadence = None
@@ -243,8 +243,9 @@ class MovingDigitsData(FrameData):
         validation: int = 100,
         test: int = 500,
         fresh: bool = True,
+        after: int = 0,
     ) -> None:
-        super().__init__(past, future, batch_size, workers, seed)
+        super().__init__(past, future, batch_size, workers, seed, after)
         if not 1 <= digit_size < size:
             raise UserError(f"Digits of {digit_size} pixels cannot move on a canvas of {size}; enlarge data.size.")
         if len(speed) != 2 or not 0 <= speed[0] <= speed[1]:
@@ -280,7 +281,7 @@ class MovingDigitsData(FrameData):
                 images,
                 self.sequences[split],
                 past=self.past,
-                future=self.future,
+                future=self.following,
                 size=self.size,
                 digits=self.digits,
                 speed=self.speed,

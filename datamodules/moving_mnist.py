@@ -87,7 +87,7 @@ class RecordedDigits:
     Args:
         path: the .npy file.
         sequences: how many of it.
-        past, future: frames, T and S.
+        past, future: frames, T, and those that follow.
         size: side of the canvas, H = W.
 
     Raises:
@@ -116,7 +116,7 @@ class RecordedDigits:
             )
         if past + future > self.FRAMES:
             raise UserError(
-                f"data.past + data.future is {past + future}, but a sequence of data.test_file={path} has "
+                f"data.past + data.future + data.after is {past + future}, but a sequence of data.test_file={path} has "
                 f"{self.FRAMES} frames; ask for fewer, or set data.test_file=null."
             )
         if sequences > N:
@@ -165,6 +165,7 @@ class MovingMNISTData(MovingDigitsData):
         train, validation, test: number of sequences of each split.
         fresh: draw other training sequences in every epoch.
         test_file: path of mnist_test_seq.npy, whose first `test` sequences are then the test split; null: make them.
+        after: see `FrameData`.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class MovingMNISTData(MovingDigitsData):
         test: int = 10000,
         fresh: bool = True,
         test_file: str | None = None,
+        after: int = 0,
     ) -> None:
         super().__init__(
             past=past,
@@ -200,6 +202,7 @@ class MovingMNISTData(MovingDigitsData):
             validation=validation,
             test=test,
             fresh=fresh,
+            after=after,
         )
         if pool is not None and pool < 1:
             raise UserError(f"data.pool is {pool}; it must be at least 1, or null for all training images.")
@@ -241,7 +244,7 @@ class MovingMNISTData(MovingDigitsData):
                 )
             return
         recorded = RecordedDigits(
-            self.test_file, self.sequences["test"], past=self.past, future=self.future, size=self.size
+            self.test_file, self.sequences["test"], past=self.past, future=self.following, size=self.size
         )
         super().setup(stage)
         self._windows["test"] = recorded

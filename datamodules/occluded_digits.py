@@ -63,6 +63,7 @@ class OccludedDigitsData(MovingDigitsData):
         speed: least and greatest speed, pixels a frame.
         train, validation, test: number of sequences of each split.
         fresh: draw other training sequences in every epoch.
+        after: see `FrameData`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class OccludedDigitsData(MovingDigitsData):
         validation: int = 100,
         test: int = 500,
         fresh: bool = True,
+        after: int = 0,
     ) -> None:
         super().__init__(
             past=past,
@@ -96,6 +98,7 @@ class OccludedDigitsData(MovingDigitsData):
             validation=validation,
             test=test,
             fresh=fresh,
+            after=after,
         )
         if not 0 <= hidden < past:
             raise UserError(

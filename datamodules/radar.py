@@ -54,7 +54,8 @@ class RadarData(FrameData):
 
     Args:
         archive: path of a NetCDF file or a Zarr directory, or several.
-        past, future, batch_size, workers, seed: as in `FrameData`.
+        past, future, batch_size, workers, seed, after: as in `FrameData`.
+        accumulate: frames of the archive, rain rates, whose mean is one frame to forecast.
         variable: the archive's variable, where its CF attributes do not tell.
         relation: name of a Z-R relation that turns dBZ into mm/h; none leaves dBZ.
         floor: the value of "no echo" or "no rain", in dBZ or mm/h; none is -10 dBZ, or no rain.
@@ -63,7 +64,7 @@ class RadarData(FrameData):
         split: shares of the covered time for train, validation and test, or the dates of each; none is 0.7, 0.15, 0.15.
         guard_hours: least time between two splits, at least 6 h.
         stride: frames between the starts of training windows.
-        eval_stride: the same for validation and test; none is `future`, so that a frame is forecast once.
+        eval_stride: the same for validation and test; none is the frames that are forecast, so that each is once.
         crop: pixels on a side of the squares cut from training windows, at random places; none is the whole frame.
         crop_draws: places drawn for each of those, of which the wettest is taken; 1 is none but chance.
         eval_crop: the same for validation and test, in the middle of the frame.
@@ -78,6 +79,8 @@ class RadarData(FrameData):
         batch_size: int,
         workers: int,
         seed: int,
+        after: int = 0,
+        accumulate: int = 1,
         variable: str | None = None,
         relation: str | None = None,
         floor: float | None = None,
@@ -92,13 +95,20 @@ class RadarData(FrameData):
         eval_crop: int | None = None,
         static: Sequence[str] = (),
     ) -> None:
-        super().__init__(past, future, batch_size, workers, seed)
+        super().__init__(past, future, batch_size, workers, seed, after)
         if not archive:
             raise UserError("data.archive is not set; give the path of a NetCDF file or a Zarr directory, or several.")
-        strides = {"stride": stride, "eval_stride": future if eval_stride is None else eval_stride}
-        for name, value in (*strides.items(), ("crop", crop), ("crop_draws", crop_draws), ("eval_crop", eval_crop)):
+        strides = {"stride": stride, "eval_stride": future * accumulate if eval_stride is None else eval_stride}
+        crops = {"crop": crop, "crop_draws": crop_draws, "eval_crop": eval_crop}
+        for name, value in {"accumulate": accumulate, **strides, **crops}.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1.")
+        if after and accumulate > 1:
+            raise UserError(
+                f"data.after={after} fills a gap frame by frame, but data.accumulate={accumulate} asks for means; "
+                "set one of them only."
+            )
+        self.accumulate = accumulate
         self.paths = (archive,) if isinstance(archive, str) else tuple(archive)
         if len({Path(path).resolve() for path in self.paths}) < len(self.paths):
             raise UserError(f"data.archive names an archive twice ({', '.join(self.paths)}); name each once.")
@@ -128,9 +138,9 @@ class RadarData(FrameData):
         if self._windows:
             return
         archives = [open_archive(path, self.variable) for path in self.paths]
-        self.quantity = self._quantity(archives)
-        self.transform = self.given_transform or default_transform(self.quantity)
         self.cadence = self._cadence(archives)
+        self.quantity = self._quantity(archives, self.cadence)
+        self.transform = self.given_transform or default_transform(self.quantity)
         self._check_sizes(archives)
         self.grid = cropped(archives[0].grid, *self.crops["test"].places(archives[0].grid.size, 0, 0)[0])
         fields = standardised([archive.fields(self.static) for archive in archives])
@@ -143,7 +153,7 @@ class RadarData(FrameData):
             name: self._index(archives, self.cadence, name, within, borders) for name, within in intervals.items()
         }
         self._windows = {
-            name: RadarWindows(archives, fields, index, self.past, self.future, self.crops[name])
+            name: RadarWindows(archives, fields, index, self.past, self.following, self.crops[name])
             for name, index in indices.items()
         }
         self._fingerprint = fingerprint(archives, self._known, fields)
@@ -160,7 +170,7 @@ class RadarData(FrameData):
         """The windows of that split at places drawn by chance alone, whatever `crop_draws` is."""
         own = self.windows(split)
         crop = own.crop._replace(draws=1)
-        return RadarWindows(own.archives, own.fields, own.index, self.past, self.future, crop)
+        return RadarWindows(own.archives, own.fields, own.index, self.past, self.following, crop)
 
     def streams(self, chunk: int, length: int | None) -> RadarStreams:
         own = self.windows("train")
@@ -240,7 +250,7 @@ class RadarData(FrameData):
                 greatest,
             )
 
-    def _quantity(self, archives: Sequence[Archive]) -> Quantity:
+    def _quantity(self, archives: Sequence[Archive], cadence: int) -> Quantity:
         first, *others = (archive.quantity for archive in archives)
         for path, other in zip(self.paths[1:], others, strict=True):
             if replace(other, name=first.name, long_name=first.long_name) != first:
@@ -263,6 +273,14 @@ class RadarData(FrameData):
                 floor=FLOORS["mm/h"],
                 relation=self.relation,
             )
+        if self.accumulate > 1:
+            if first.units != "mm/h":
+                raise UserError(
+                    f"data.accumulate={self.accumulate} takes the mean of rain rates, but the archive is in {first.units}; "
+                    "set data.relation=marshall_palmer for reflectivity, or data.accumulate=1."
+                )
+            minutes = self.accumulate * cadence / 60
+            first = replace(first, long_name=f"{first.long_name}, mean over {minutes:g} min")
         if self.floor is not None:
             first = replace(first, floor=float(self.floor))
         if self.thresholds is not None:
@@ -310,15 +328,16 @@ class RadarData(FrameData):
     def _index(
         self, archives: Sequence[Archive], cadence: int, name: Split, within: Interval, borders: Times
     ) -> WindowIndex:
-        length = self.past + self.future
+        length = self.past + self.following
         times = [archive.times for archive in archives]
-        index = index_windows(times, cadence, self.past, self.future, self.strides[name], within, borders)
+        index = index_windows(times, cadence, self.past, self.following, self.strides[name], within, borders)
         if not len(index.start):
             frames = sum(int(((within.start <= each) & (each < within.end)).sum()) for each in times)
+            several, given = " x data.accumulate" * (self.accumulate > 1), " + data.after" * (self.after > 0)
             raise UserError(
-                f"The {name} split has {frames} frames but no {length} in a row (data.past + data.future) between its "
-                f"gaps and guards of {self.guard_hours:g} h; give it more by data.split, ask for fewer frames, or take a "
-                "longer archive."
+                f"The {name} split has {frames} frames but no {length} in a row (data.past + data.future{several}{given}) "
+                f"between its gaps and guards of {self.guard_hours:g} h; give it more by data.split, ask for fewer frames, "
+                "or take a longer archive."
             )
         return index
 

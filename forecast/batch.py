@@ -1,6 +1,7 @@
 """The contracts between rooms: what a datamodule deals, what it is once decoded, and what a forecaster answers.
 
-Axes: B batch, T past frames, S forecast frames, C channels, K static fields, M members, P thresholds, H W space.
+Axes: B batch, T past frames, F following frames, S forecast frames, C channels, K static fields, M members, P thresholds,
+H W space.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ class Batch(NamedTuple):
     past: Tensor
     """B T C H W, packed integers or floats; the first channels are the target quantity."""
     future: Tensor
-    """B S C H W, packed like `past`."""
+    """B F C H W, all that follow in the window, packed like `past`; the datamodule knows which of them are to forecast."""
     static: Tensor
     """B K H W float32, fields that do not change in time (orography, land mask); K may be 0."""
     time: Tensor
@@ -29,9 +30,9 @@ class Frames(NamedTuple):
     """A batch decoded on the device, in physical units."""
 
     past: Tensor
-    """B T C H W float32."""
+    """B T C H W float32, what is given: of a gap that is to be filled first the frames before it, then those after it."""
     known: Tensor
-    """B T C H W bool, where the past is valid."""
+    """B T C H W bool, where that is valid."""
     truth: Tensor
     """B S C H W float32, what came."""
     valid: Tensor

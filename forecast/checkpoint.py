@@ -136,6 +136,11 @@ def check_matches(path: str | Path, now: Card, *, frame_size: tuple[int, int] | 
                 f"{path} was trained on other data (fingerprint {then['fingerprint']}, now {now.fingerprint}); go on with "
                 "the same, or train anew from its weights by init_from."
             )
+    means = [known["data"].get("accumulate", 1) for known in (then["config"], now.config)]
+    if means[0] != means[1]:
+        raise UserError(
+            f"{path} was trained with data.accumulate={means[0]}, but this run has {means[1]}; make them equal."
+        )
     for part in ("model", "quantity", "transform", "cadence", "static_channels"):
         before, after = then[part], getattr(now, part)
         if part == "model":  # what is asked of a reference is no matter to a network

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from forecast import schema
 from forecast.errors import UserError
+from forecast.forecaster import Prepared, check_given, reads_after
 
 RUNS = ("fit", "test", "describe")
 PARTS = ("data", "teaching", "loss", "optimizer", "scheduler", "trainer")  # each is built
@@ -43,6 +44,7 @@ LIGHTNING: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 # The least that the Trainer can work with; it does not say so itself.
 LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0}
 LAGRANGIAN = "forecast.networks.lagrangian.Lagrangian"
+ACCUMULATED = "forecast.baselines.accumulated.Accumulated"
 # Where a constructor passes its **kwargs on to; other **kwargs take nothing.
 PASSED_ON = {"lightning.pytorch.strategies.ddp.DDPStrategy": "torch.nn.parallel.DistributedDataParallel"}
 
@@ -180,8 +182,14 @@ def build_network(
         inputs=channels + static_channels,
         outputs=channels * head.channels,
         frame_size=(size[0], size[1]),
+        head=head,
     )
     if model["lagrangian"]:
+        if reads_after(network):
+            raise UserError(
+                f"model.lagrangian carries rain on from the last frame, but model={model['name']} fills a gap between two; "
+                "leave model.lagrangian out."
+            )
         if network.feeds_back:
             raise UserError(
                 f"model.lagrangian takes what a network forecasts for a change, but model={model['name']} reads it as the "
@@ -192,8 +200,16 @@ def build_network(
 
 
 def build_baseline(baseline: DictConfig | Mapping[str, Any], data: Any) -> Any:
-    """A baseline, told what it asks for of the data (a `datamodules.frames.FrameData`)."""
-    return build(baseline, quantity=data.quantity, grid=data.grid, cadence=data.cadence, past=data.past)
+    """A baseline, told what it asks for of the data (a `datamodules.frames.FrameData`).
+
+    Where these ask for means of frames, they are taken of its forecasts; one that is prepared has seen means already.
+    """
+    told = {name: getattr(data, name) for name in ("quantity", "grid", "cadence", "past", "after")}
+    made = build(baseline, **told)
+    check_given(type(made).__name__, made, data.after)
+    if data.accumulate == 1 or isinstance(made, Prepared):
+        return made
+    return build({"_target_": ACCUMULATED}, forecaster=made, frames=data.accumulate)
 
 
 def arguments(where: str, target: str) -> Mapping[str, inspect.Parameter]:

@@ -40,10 +40,11 @@ def describe(config: DictConfig, module: NowcastModule, data: FrameData) -> None
     console = Console()
     console.print(Syntax(OmegaConf.to_yaml(OmegaConf.create(told(config))), "yaml", background_color="default"))
     H, W = data.grid.size
-    past, static = (1, data.past, 1, H, W), (1, data.static_channels, H, W)
+    past, static = (1, data.past + data.after, 1, H, W), (1, data.static_channels, H, W)
     rows = {
         "quantity": f"{data.quantity.long_name} ({data.quantity.units}), events >= {data.quantity.thresholds}",
-        "past": " x ".join(map(str, past[1:])) + "  (T C H W)",
+        "task": data.task,
+        "past" if data.after == 0 else "before and after": " x ".join(map(str, past[1:])) + "  (T C H W)",
         "future": " x ".join(map(str, (data.future, 1, H, W))) + "  (S C H W)",
         "fingerprint of the data": data.fingerprint,
     }

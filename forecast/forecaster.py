@@ -36,7 +36,8 @@ class Forecaster(Protocol):
         """Forecast `steps` frames.
 
         Args:
-            past: B T C H W, physical values; invalid pixels hold the quantity's floor.
+            past: B T C H W, physical values; invalid pixels hold the quantity's floor. Of a gap that is to be filled first
+                the frames before it, then the `after` frames after it.
             valid: B T C H W bool.
             steps: number of frames to forecast, S.
             static: B K H W.
@@ -55,6 +56,29 @@ class Prepared(Protocol):
     def prepare(self, batches: Iterable[Frames]) -> None:
         """Sees windows of the training split, once before a test, the same ones in each process."""
         ...
+
+
+def reads_after(reader: Any) -> int | None:
+    """How many frames after those that it forecasts a network or a baseline reads; None: any number is the same to it.
+
+    Its attribute `after` says so; whoever has none knows of no such frames.
+    """
+    after: int | None = getattr(reader, "after", 0)
+    return after
+
+
+def check_given(name: str, reader: Any, after: int) -> None:
+    """Refuses a network or a baseline that would take frames after a gap for its past, or wait for some in vain.
+
+    Raises:
+        UserError: it reads more or fewer than the `after` that the data give.
+    """
+    reads = reads_after(reader)
+    if reads not in (None, after):
+        raise UserError(
+            f"data.after is {after}, but {name} reads {reads} frames after those that it forecasts; set data.after={reads}, "
+            "or take model=gap_filler and references=interpolation."
+        )
 
 
 class NetworkForecaster(nn.Module):
@@ -146,8 +170,12 @@ class NetworkForecaster(nn.Module):
             static: B K H W, for a batch of radars; K is 0 where the network was trained without.
 
         Raises:
-            UserError: it comes from no checkpoint, so that nobody knows how it was trained.
+            UserError: it fills gaps, or comes from no checkpoint, so that nobody knows how it was trained.
         """
+        if reads_after(self.network):
+            raise UserError(
+                "This network fills gaps: it reads frames after those that it forecasts, which no stream has; call predict."
+            )
         if self.trained is None:
             raise UserError(
                 "This network comes from no checkpoint, so that nobody knows whether it was trained along streams; take it "

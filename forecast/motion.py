@@ -1,7 +1,7 @@
 """Motion of rain: optical flow between frames, and semi-Lagrangian advection along it, for whole batches on any device.
 
-Axes: B batch, T past frames, S forecast frames, C channels, H W space; a velocity has its components x (to the right) and
-y (down) in its channels, in pixels per frame.
+Axes: B batch, T past frames, S forecast frames, L frames, C channels, H W space; a velocity has its components x (to the
+right) and y (down) in its channels, in pixels per frame.
 """
 
 import torch
@@ -112,6 +112,11 @@ def advected(
     # grid_sample's coordinates: -1 and 1 are the outer edges of the first and last pixel.
     grid = torch.stack([(2 * x + 1) / W - 1, (2 * y + 1) / H - 1], dim=-1)
     return F.grid_sample(fields, grid, padding_mode=padding, align_corners=False)
+
+
+def carried(frames: Float[Tensor, "B L C H W"], come: Float[Tensor, "B L 2 H W"]) -> Float[Tensor, "B L C H W"]:
+    """Frames, each along its own displacement; from outside comes what lies at the edge."""
+    return advected(frames.flatten(0, 1), come.flatten(0, 1), padding="border").unflatten(0, frames.shape[:2])
 
 
 def blur(fields: Tensor, radius: int) -> Tensor:

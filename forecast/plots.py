@@ -58,32 +58,40 @@ def forecast_figure(
     quantity: Quantity,
     cadence: int | None,
     grid: Grid | None = None,
+    after: int = 0,
+    span: int = 1,
 ) -> Figure:
     """One window: what was observed on top, each model below, time from left to right.
 
     Args:
-        past: T C H W, physical values; NaN where missing.
+        past: T C H W, what was given, physical values; NaN where missing.
         truth: S C H W, physical values.
         valid: S C H W bool; other pixels of the truth are shown in grey.
         forecasts: S C H W by model's name, in the order in which they are shown. First channels are shown.
         quantity: chooses colours and levels: a radar scale for dBZ and mm/h, grey for numbers without units.
-        cadence: seconds between frames; None counts frames.
+        cadence: seconds between frames that were given; None counts frames.
         grid: sets which way is up and the shape of a pixel; None has the first row on top and square pixels.
+        after: the last so many frames that were given follow the forecast ones, which fill a gap.
+        span: cadences between forecast frames.
     """
     observed = np.where(valid, truth, np.nan)
-    past_frames, lead_frames = every(len(past), 3), every(len(truth), 6)
+    before = len(past) - after
+    past_frames, lead_frames, after_frames = every(before, 3), every(len(truth), 6), every(after, 3)
+    times = frame_times(before, len(truth), after, span)
     scale = colour_scale(quantity, observed)
 
-    columns = len(past_frames) + len(lead_frames)
+    columns = len(past_frames) + len(lead_frames) + len(after_frames)
     rows = 1 + len(forecasts)
     side = 1.35
     with rc_context(STYLE):
         tall = side * panel_height(truth, grid)
         layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
         figure = Figure(figsize=(side * columns + 1.5, tall * rows + 0.55), layout=layout)
-        # An empty column parts what was known from what was to come.
+        # An empty column parts what was known from what was to come, or to be filled in.
         ratios = [1.0] * len(past_frames) + [0.12] + [1.0] * len(lead_frames)
-        cells = figure.add_gridspec(rows, columns + 1, width_ratios=ratios)
+        if after:
+            ratios += [0.12] + [1.0] * len(after_frames)
+        cells = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
         axes: list[Axes] = []
 
         def show(row: int, column: int, frame: NDArray[Any]) -> Axes:
@@ -94,13 +102,16 @@ def forecast_figure(
 
         for column, frame in enumerate(past_frames):
             ax = show(0, column, past[frame])
-            ax.set_title(time_label(frame + 1 - len(past), cadence), color="0.45")
+            ax.set_title(time_label(times[frame], cadence), color="0.45")
             if column == 0:
                 ax.set_ylabel("observed")
         for column, frame in enumerate(lead_frames, start=len(past_frames) + 1):
-            show(0, column, observed[frame]).set_title(time_label(frame + 1, cadence))
+            show(0, column, observed[frame]).set_title(time_label(times[before + frame], cadence))
             for row, forecast in enumerate(forecasts.values(), start=1):
                 show(row, column, forecast[frame])
+        for column, frame in enumerate(after_frames, start=len(ratios) - len(after_frames)):
+            when = time_label(times[before + len(truth) + frame], cadence)
+            show(0, column, past[before + frame]).set_title(when, color="0.45")
         for row, name in enumerate(forecasts, start=1):
             label = figure.add_subplot(cells[row, : len(past_frames)])
             label.set_axis_off()
@@ -173,6 +184,19 @@ def colour_bar(figure: Figure, axes: Sequence[Axes], quantity: Quantity, aspect:
     bar.set_label(fill(axis_label(quantity.long_name, quantity.units), 40))
     if isinstance(image.norm, BoundaryNorm):
         bar.set_ticks(list(image.norm.boundaries), labels=[f"{level:g}" for level in image.norm.boundaries])
+
+
+def frame_times(before: int, steps: int, after: int = 0, span: int = 1) -> list[int]:
+    """When the frames of a window are, in their order, in cadences after the issue time.
+
+    Args:
+        before: frames given, of which the last one has the issue time.
+        steps: frames to forecast.
+        after: frames given that follow these.
+        span: cadences between forecast frames.
+    """
+    gap = steps * span
+    return [*range(1 - before, 1), *range(span, gap + 1, span), *range(gap + 1, gap + 1 + after)]
 
 
 def time_label(frame: int, cadence: int | None) -> str:

@@ -38,7 +38,7 @@ class Protocol:
 
     What a model was given is none of them: not the number of past frames, nor static fields, nor its training data. A
     model that sees more is compared with one that sees less, as long as both are scored on the same windows, which the
-    issue times say.
+    issue times say. What it is asked is: who sees frames after those to forecast fills a gap, and is no nowcaster.
     """
 
     data: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Protocol:
     future: int
     """Forecast frames."""
     cadence: int | None
-    """Seconds between frames; None where frames have no time."""
+    """Seconds between forecast frames; None where frames have no time."""
     grid: Mapping[str, Any]
     """Of the frames that are scored, after cropping."""
     quantity: Mapping[str, Any]
@@ -55,6 +55,10 @@ class Protocol:
     """The same for every score."""
     scores: Mapping[str, Mapping[str, Any]]
     """The options of each metric, by the name of its class."""
+    after: int = 0
+    """Frames given that follow the forecast ones: where there are any, a gap is filled."""
+    accumulate: int = 1
+    """Frames of the data whose mean is one forecast frame."""
 
     def to_text(self) -> str:
         """As JSON."""
@@ -82,11 +86,13 @@ def of(data: Any, metrics: Mapping[str, Callable[[Scope], AdditiveMetric]]) -> P
     terms = {
         "data": data.terms("test"),
         "future": data.future,
-        "cadence": data.cadence,
+        "cadence": data.lead,
         "grid": data.grid.to_dict(),
         "quantity": {key: quantity[key] for key in ("name", "units", "floor", "thresholds", "relation")},
         "rules": RULES,
         "scores": dict(_options(metric) for metric in metrics.values()),
+        "after": data.after,
+        "accumulate": data.accumulate,
     }
     # Through JSON, so that what is read again is equal: tuples become lists.
     return Protocol(**json.loads(json.dumps(terms)))

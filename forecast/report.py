@@ -22,7 +22,7 @@ class Sample(NamedTuple):
     """One window and what the models made of it, in physical units. Axes: T past, S forecast, C channels, H W space."""
 
     past: NDArray[Any]
-    """T C H W; NaN where missing."""
+    """T C H W, what was given; NaN where missing."""
     truth: NDArray[Any]
     """S C H W."""
     valid: NDArray[Any]
@@ -39,6 +39,8 @@ def write(
     cadence: int | None,
     grid: Grid | None = None,
     figures: bool = True,
+    after: int = 0,
+    span: int = 1,
 ) -> None:
     """Write skill.nc (NetCDF-4), skill.csv, and the figures: the skill, the spectrum, and of a sample a picture and a film.
 
@@ -47,8 +49,8 @@ def write(
         skills: by section, from `forecast.sections.Sections.datasets`; each is a group of skill.nc and has a CSV of its own.
         sample: the window to show.
         quantity: of the sample.
-        cadence: seconds between frames; None where frames have no time.
-        grid: of the sample; see `forecast.plots.forecast_figure`.
+        cadence: seconds between frames that were given; None where frames have no time.
+        grid, after, span: of the sample; see `forecast.plots.forecast_figure`.
         figures: draw them, too.
     """
     with whole(folder / "skill.nc") as path:
@@ -69,9 +71,9 @@ def write(
     if "power_forecast" in skills[ROOT]:
         drawn["spectrum"] = spectrum_figure(skills[ROOT])
     if sample is not None:
-        drawn["forecast"] = forecast_figure(*sample, quantity, cadence, grid)
+        drawn["forecast"] = forecast_figure(*sample, quantity, cadence, grid, after, span)
         with whole(folder / "figures" / "forecast.gif") as path:
-            write_film(path, *sample, quantity, cadence, grid)
+            write_film(path, *sample, quantity, cadence, grid, after, span)
     for name, figure in drawn.items():
         with whole(folder / "figures" / f"{name}.png") as path:
             figure.savefig(path, dpi=_DPI)

@@ -60,11 +60,11 @@ def scoring_of(plain: Mapping[str, Any], data: Any) -> Scoring:
     alone = Scope(data.quantity, data.future, 1, size=data.grid.size)
     name = plain["model"]["name"]
     return Scoring(
-        validation=Skill([name], alone, data.cadence, metrics["validation"]),
+        validation=Skill([name], alone, data.lead, metrics["validation"]),
         sections=Sections(
             [name, *(reference.name for reference in known)],
             scope,
-            data.cadence,
+            data.lead,
             metrics["test"],
             slow=[reference.name for reference in known if reference.slow],
             minutes=accumulation["minutes"],

@@ -70,13 +70,13 @@ def summed(values: Tensor, frames: int, seconds: int, dim: int = 1) -> Tensor:
 class Sections(nn.Module):
     """Scores several models over the test windows, in sections.
 
-    All windows, as they are ("/"); where frames are rain rates in mm/h, their sums over longer times of which `future` has
-    one at least and which the cadence divides (accumulation_30min); and the subsample, where something is slow.
+    All windows, as they are ("/"); where frames are rain rates in mm/h, their sums over times of which `future` has one at
+    least and which the cadence divides (accumulation_30min); and the subsample, where something is slow.
 
     Args:
         models: their names, in the order in which they are shown.
         scope: of all windows.
-        cadence: seconds between frames, or None.
+        cadence: seconds between forecast frames, or None.
         metrics: scores of all windows, and of the subsample.
         slow: models that forecast the subsample only.
         minutes: times over which rain is summed.
@@ -110,7 +110,7 @@ class Sections(nn.Module):
         skills = [Skill(fast, scope, cadence, metrics)]
         for each in minutes if cadence is not None and scope.quantity.units == "mm/h" and long_metrics else ():
             frames, rest = divmod(60 * each, cadence or 1)
-            if rest == 0 and 1 < frames <= scope.steps:
+            if rest == 0 and 1 <= frames <= scope.steps:
                 quantity = amount(scope.quantity, each, thresholds)
                 longer = replace(scope, quantity=quantity, steps=scope.steps // frames)
                 skills.append(Skill(fast, longer, 60 * each, long_metrics))
@@ -140,7 +140,7 @@ class Sections(nn.Module):
                 if listed.any():
                     part = Forecast(*(None if field is None else field[listed] for field in forecast))  # type: ignore[arg-type]  # the mean is never None
                     skill.update(model, part, truth[listed], valid[listed], block[listed])
-            elif model not in self.slow and count == 1:
+            elif model not in self.slow and section == ROOT:
                 skill.update(model, forecast, truth, valid, block)
             elif model not in self.slow:
                 self._update_summed(skill, model, count, forecast, frames)

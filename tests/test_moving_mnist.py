@@ -178,7 +178,11 @@ def objects(path: Path) -> None:
         (lambda path: np.save(path, np.zeros((20, 12, 64, 64), np.float32)), {}, "holds float32"),
         (lambda path: np.save(path, np.zeros((20, 12, 64), np.uint8)), {}, "holds uint8 20 x 12 x 64,"),
         (lambda path: None, {"size": 48}, "must hold uint8 20 x sequences x 48 x 48"),
-        (lambda path: None, {"past": 10, "future": 11}, r"data.past \+ data.future is 21, but .* has 20 frames"),
+        (
+            lambda path: None,
+            {"past": 10, "future": 11},
+            r"data.past \+ data.future \+ data.after is 21, but .* has 20 frames",
+        ),
         (lambda path: None, {"test": 13}, "set data.test=12"),
     ],
 )

@@ -113,7 +113,8 @@ def test_half_an_hour_at_the_rate_of_a_threshold_reaches_it() -> None:
     [
         (RATE, 600, 3, ["accumulation_30min"]),
         (RATE, 1200, 7, ["accumulation_60min"]),  # which does not divide half an hour
-        (RATE, 1800, 7, ["accumulation_60min"]),  # a frame is no sum
+        (RATE, 1800, 7, ["accumulation_30min", "accumulation_60min"]),  # a frame is the sum of its own half hour
+        (RATE, 3600, 1, ["accumulation_60min"]),
         (RATE, 600, 2, []),
         (Quantity("z", "reflectivity", "dBZ", (20.0,), floor=-10.0), 600, 7, []),
         (Quantity("x", "grey level", "1", (0.5,)), None, 7, []),

@@ -32,6 +32,9 @@ class Climatology(nn.Module):
         channels: of the target quantity, the first ones of `past`.
     """
 
+    after: int | None = None
+    """Frames after a gap that it reads: any number is the same to it, as it looks at none."""
+
     def __init__(self, quantity: Quantity, channels: int = 1) -> None:
         super().__init__()
         self.quantity = quantity

@@ -64,10 +64,11 @@ class Report(pl.Callback):
         if not trainer.is_global_zero:
             return
         source = provenance_of(pl_module.card["config"], pl_module.tested)
-        attributes = {"protocol": pl_module.scoring.protocol.to_text(), "provenance": json.dumps(source)}
+        terms = pl_module.scoring.protocol
+        attributes = {"protocol": terms.to_text(), "provenance": json.dumps(source)}
         skills = {section: found.assign_attrs(attributes) for section, found in pl_module.results.items()}
         told = (pl_module.quantity, pl_module.cadence, pl_module.grid)
-        report.write(self.folder, skills, sample, *told, figures=self.figures)
+        report.write(self.folder, skills, sample, *told, figures=self.figures, after=terms.after, span=terms.accumulate)
         # A file or a pipe has no width of its own.
         console = Console(width=None if sys.stdout.isatty() else 120)
         for section in (ROOT, SUBSAMPLE):  # slow references are in the second alone

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from forecast.cells.cell import State
 from forecast.errors import UserError
 from forecast.networks.network import CellFactory, EncodeThenForecast, per_layer
+from forecast.networks.patches import cut, joined
 from forecast.recurrence import SLOPE, Layer, Stack, deepened, each_frame, restart
 
 
@@ -196,21 +196,17 @@ class EncoderForecaster(EncodeThenForecast):
         begin = list(reversed(state)) if self.downs else list(state)
         outputs, _ = self.forecaster.sequence(None, begin, steps)
         read = outputs[-1] if self.downs else torch.cat(outputs, dim=2)
-        raw = each_frame(self.output, read)
-        return F.pixel_shuffle(raw, self.patch)[..., : size[0], : size[1]]
+        return joined(each_frame(self.output, read), self.patch, size)
 
     def _prepare(self, past: Tensor) -> Tensor:
-        """Adds coordinates, continues the frames to a size that divides, and cuts them into patches."""
-        B, T, _, H, W = past.shape
+        """Adds coordinates, and cuts the frames into patches."""
         if self.coordinates:
+            B, T, _, H, W = past.shape
             y = torch.linspace(-1, 1, H, device=past.device, dtype=past.dtype).view(1, 1, 1, H, 1)
             x = torch.linspace(-1, 1, W, device=past.device, dtype=past.dtype).view(1, 1, 1, 1, W)
             fields = [field.expand(B, T, 1, H, W) for field in (x, y, torch.ones_like(y))]
             past = torch.cat([past, *fields], dim=2)
-        right, lower = -W % self.multiple, -H % self.multiple
-        if right or lower:
-            past = F.pad(past.flatten(0, 1), (0, right, 0, lower), mode="replicate").unflatten(0, (B, T))
-        return F.pixel_unshuffle(past, self.patch)
+        return cut(past, self.patch, self.multiple)
 
     def _initial(self, x: Tensor) -> list[State]:
         """The states that a lane starts from."""

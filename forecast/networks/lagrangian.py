@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from forecast.cells.cell import State
 from forecast.errors import UserError
 from forecast.heads import Head, Point
-from forecast.motion import advected, displacement, velocity
+from forecast.motion import carried, displacement, velocity
 from forecast.networks.network import Output
 
 
@@ -69,13 +69,8 @@ class Lagrangian(nn.Module):
         earlier, last = past[:, :-1], past[:, -1:]
         age = earlier.shape[1]
         come = displacement(velocity(past[:, :, 0]), max(age, steps))
-        aligned = torch.cat([_carried(earlier, come[:, :age].flip(1)), last], dim=1)
+        aligned = torch.cat([carried(earlier, come[:, :age].flip(1)), last], dim=1)
         output = self.network(aligned, steps, static=static)
         change = output.raw[:, -steps:]
-        raw = _carried(last[:, :, : change.shape[2]] + change, come[:, :steps])
+        raw = carried(last[:, :, : change.shape[2]] + change, come[:, :steps])
         return Output(raw, aux=output.aux)
-
-
-def _carried(frames: Tensor, come: Tensor) -> Tensor:
-    """Frames B L C H W, each along its own displacement B L 2 H W."""
-    return advected(frames.flatten(0, 1), come.flatten(0, 1), padding="border").unflatten(0, frames.shape[:2])

@@ -7,12 +7,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, State
 from forecast.errors import UserError
+from forecast.networks.patches import with_static
 
 CellFactory = Callable[..., Cell]
 """A cell's class with its options filled in: still takes input_channels, hidden_channels, kernel sizes, spatial_dims."""
@@ -30,7 +30,10 @@ class Output(NamedTuple):
 
 
 class Network(Protocol):
-    """A network. What it cannot do (carry state, be taught) it refuses with a sentence."""
+    """A network. What it cannot do (carry state, be taught) it refuses with a sentence.
+
+    One that fills gaps says by an attribute `after` how many of the frames that it is given, the last ones, follow the gap.
+    """
 
     frame_size: tuple[int, int] | None
     """The only H, W that it takes; None: any."""
@@ -101,10 +104,16 @@ class EncodeThenForecast(nn.Module):
         if self.frame_size not in (None, size):
             H, W = self.frame_size
             raise UserError(f"This network takes frames of {H} x {W}; received {size[0]} x {size[1]}.")
-        if static.shape[1]:
-            past = torch.cat([past, static.unsqueeze(1).expand(-1, past.shape[1], -1, -1, -1)], dim=2)
-        after = self.encode(past, state, first)
-        return Output(self.forecast(after, steps, size), after)
+        after = self.encode(with_static(past, static), state, first)
+        return Output(self.forecast(after, steps, size), after if self.streams else None)
+
+
+def check(hidden: Sequence[int], patch: int) -> None:
+    """Refuses layers without channels and patches without pixels."""
+    if not hidden or min(hidden) < 1:
+        raise UserError(f"model.network.hidden is {list(hidden)}; give one layer or more of 1 channel or more.")
+    if patch < 1:
+        raise UserError(f"model.network.patch is {patch}; it must be at least 1 (pixels as they are).")
 
 
 def per_layer(value: int | Sequence[int], layers: int, name: str) -> list[int]:
@@ -115,3 +124,25 @@ def per_layer(value: int | Sequence[int], layers: int, name: str) -> list[int]:
             f"model.network.{name} has {len(values)} entries for {layers} layers; give one, or one per layer."
         )
     return values
+
+
+def convolutional(
+    cell: CellFactory,
+    inputs: Sequence[int],
+    hidden: Sequence[int],
+    input_kernel: int | Sequence[int],
+    recurrent_kernel: int | Sequence[int],
+) -> list[Cell]:
+    """A cell over fields for each layer.
+
+    Args:
+        cell: its class with its options.
+        inputs, hidden: channels that each layer reads and keeps, lowest layer first.
+        input_kernel, recurrent_kernel: for all layers or for each.
+    """
+    wide = per_layer(input_kernel, len(hidden), "input_kernel")
+    deep = per_layer(recurrent_kernel, len(hidden), "recurrent_kernel")
+    return [
+        cell(input_channels=x, hidden_channels=h, spatial_dims=2, input_kernel=i, recurrent_kernel=r)
+        for x, h, i, r in zip(inputs, hidden, wide, deep, strict=True)
+    ]

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from forecast.cells.cell import State
-from forecast.errors import UserError
-from forecast.networks.network import CellFactory, Output, per_layer
+from forecast.networks.network import CellFactory, Output, check, convolutional
+from forecast.networks.patches import cut, joined, with_static
 from forecast.recurrence import Layer, Stack, each_frame, restart
 
 
@@ -89,7 +88,7 @@ class RollOut(nn.Module):
             `Output.state` is the state after the last frame of the past has been read, so that a window whose past goes on
             from there continues as one uninterrupted forward would.
         """
-        B, T, C = past.shape[:3]
+        B, T, C, H, W = past.shape
         length = T + steps - 1
         if teach is None:
             teach = (torch.arange(length - 1) < T - 1).expand(B, -1)
@@ -114,7 +113,7 @@ class RollOut(nn.Module):
                     fed = torch.where(taught.to(fed.device).view(B, 1, 1, 1), truth[:, begin], fed)
                 frames = fed.unsqueeze(1)
             hidden, states, more = self.run(self._patches(frames, static), states)
-            raw.append(self._pixels(hidden, past.shape[-2:]))
+            raw.append(self._pixels(hidden, (H, W)))
             costs += more
             if end == T:
                 after = states
@@ -130,17 +129,11 @@ class RollOut(nn.Module):
 
     def _patches(self, frames: Tensor, static: Tensor) -> Tensor:
         """B T C H W and static fields -> B T X h w."""
-        B, T = frames.shape[:2]
-        if static.shape[1]:
-            frames = torch.cat([frames, static.unsqueeze(1).expand(-1, T, -1, -1, -1)], dim=2)
-        right, lower = -frames.shape[-1] % self.patch, -frames.shape[-2] % self.patch
-        if right or lower:
-            frames = F.pad(frames.flatten(0, 1), (0, right, 0, lower), mode="replicate").unflatten(0, (B, T))
-        return F.pixel_unshuffle(frames, self.patch)
+        return cut(with_static(frames, static), self.patch)
 
-    def _pixels(self, hidden: Tensor, size: Sequence[int]) -> Tensor:
+    def _pixels(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
         """B T C h w -> B T K H W."""
-        return F.pixel_shuffle(each_frame(self.output, hidden), self.patch)[..., : size[0], : size[1]]
+        return joined(each_frame(self.output, hidden), self.patch, size)
 
 
 class NextFrame(RollOut):
@@ -172,17 +165,7 @@ class NextFrame(RollOut):
     ) -> None:
         check(hidden, patch)
         super().__init__(hidden=hidden[-1], outputs=outputs, patch=patch)
-        sizes = zip(
-            [inputs * patch**2, *hidden[:-1]],
-            hidden,
-            per_layer(input_kernel, len(hidden), "input_kernel"),
-            per_layer(recurrent_kernel, len(hidden), "recurrent_kernel"),
-            strict=True,
-        )
-        cells = [
-            cell(input_channels=below, hidden_channels=width, spatial_dims=2, input_kernel=wide, recurrent_kernel=deep)
-            for below, width, wide, deep in sizes
-        ]
+        cells = convolutional(cell, [inputs * patch**2, *hidden[:-1]], hidden, input_kernel, recurrent_kernel)
         self.stack = Stack([Layer(one) for one in cells])
 
     def start(self, frame: Float[Tensor, "B X h w"]) -> list[State]:
@@ -202,11 +185,3 @@ def stretches(known: Sequence[bool], begin: int, end: int) -> list[tuple[int, in
     """The times from `begin` to `end` that are read in one go: all where every frame is known, else each by itself."""
     stride = max(1, end - begin) if all(known[begin:end]) else 1
     return [(t, t + stride) for t in range(begin, end, stride)]
-
-
-def check(hidden: Sequence[int], patch: int) -> None:
-    """Refuses layers without channels and patches without pixels."""
-    if not hidden or min(hidden) < 1:
-        raise UserError(f"model.network.hidden is {list(hidden)}; give one layer or more of 1 channel or more.")
-    if patch < 1:
-        raise UserError(f"model.network.patch is {patch}; it must be at least 1 (pixels as they are).")
