@@ -28,12 +28,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from forecast.cells.cell import Cell, State
+from forecast.cells.cell import PARTS, Gates, State
 from forecast.errors import UserError
 from forecast.files import whole
 from forecast.plots import STYLE
+from forecast.recurrence import watched
 
-PARTS = "hcm"  # of a state: hidden, cell, memory
 NAME = "gradient_flow.csv"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
@@ -44,30 +44,16 @@ def recorded(network: nn.Module) -> Iterator[dict[str, list[State]]]:
 
     The names are those of the layers: encoder.0, encoder.1, forecaster.0 ...
     """
-    cells = {name: cell for name, cell in network.named_modules() if isinstance(cell, Cell)}
     states: dict[str, list[State]] = {}
 
-    def recorder(cell: Cell, kept: list[State]) -> Callable[[Tensor | None, State], State]:
-        plain = cell.step
+    def keep(layer: str, state: State, gates: Gates) -> None:
+        for one in state:
+            if not one.requires_grad:  # nothing before it is trained; what comes after may hang on it
+                one.requires_grad_()
+        states.setdefault(layer, []).append(state)
 
-        def step(projected: Tensor | None, state: State) -> State:
-            after = plain(projected, state)
-            for one in after[: cell.states]:
-                if not one.requires_grad:  # nothing before it is trained; what comes after may hang on it
-                    one.requires_grad_()
-            kept.append(after[: cell.states])
-            return after
-
-        return step
-
-    for name, cell in cells.items():
-        layer = ".".join(part for part in name.split(".") if part not in ("layers", "forward_cell"))
-        vars(cell)["step"] = recorder(cell, states.setdefault(layer, []))
-    try:
+    with watched(network, keep):
         yield states
-    finally:
-        for cell in cells.values():
-            del vars(cell)["step"]
 
 
 def flow(network: nn.Module, losses: Callable[[], tuple[Tensor, Tensor]], steps: int) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 Axes: B batch, T time, C channels, G gates, *space: none for vectors, up to D H W.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from forecast.cells.cell import Cell, State, linear_map
+from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
 
 SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
@@ -218,6 +219,37 @@ class Stack(nn.Module):
             outputs.append(x)
             last.append(state)
         return outputs, last
+
+
+@contextmanager
+def watched(network: nn.Module, see: Callable[[str, State, Gates], None]) -> Iterator[None]:
+    """Shows every step of each cell of a network to `see`, for as long as the context lasts.
+
+    Args:
+        network: made of cells. A compiled one must be made eager, or it will not see that it is watched.
+        see: is told the layer (encoder.0, encoder.1, forecaster.0 ...), its state after the step, without a mask, and its
+            gates.
+    """
+    cells = {name: cell for name, cell in network.named_modules() if isinstance(cell, Cell)}
+
+    def shown(layer: str, cell: Cell) -> Callable[[Tensor | None, State], tuple[State, Gates]]:
+        plain = cell.step_and_gates
+
+        def step_and_gates(projected: Tensor | None, state: State) -> tuple[State, Gates]:
+            after, gates = plain(projected, state)
+            see(layer, after[: cell.states], gates)
+            return after, gates
+
+        return step_and_gates
+
+    for name, cell in cells.items():
+        layer = ".".join(part for part in name.split(".") if part not in ("layers", "forward_cell"))
+        vars(cell)["step_and_gates"] = shown(layer, cell)
+    try:
+        yield
+    finally:
+        for cell in cells.values():
+            del vars(cell)["step_and_gates"]
 
 
 def restart(initial: State, carried: State, first: Tensor) -> State:

@@ -12,6 +12,7 @@ from forecast.cells.cell import Cell
 from forecast.cells.gru import GRU
 from forecast.cells.lstm import LSTM
 from forecast.cells.rnn import RNN
+from forecast.cells.stlstm import STLSTM
 from forecast.errors import UserError
 from forecast.recurrence import Layer, Stack, unroll
 
@@ -274,3 +275,41 @@ def test_input_where_there_is_none_and_none_where_there_is_are_refused() -> None
         LSTM(0, 2).project(torch.zeros(1, 1, 2))
     with pytest.raises(ValueError, match="2 input channels was given no input"):
         LSTM(2, 2).project(None)
+
+
+@forms
+def test_gates_are_told_by_their_names_in_the_equations(form: str) -> None:
+    torch.manual_seed(0)
+    cell = make(form, 3, 4)
+    assert cell.input_map is not None
+    x, state = normal(2, 3), tuple(normal(2, 4) for _ in range(cell.states))
+    projected = cell.project(x.unsqueeze(1))[:, 0]  # type: ignore[index]  # it has an input
+    after, gates = cell.step_and_gates(projected, state)
+    from_x, from_h = cell.input_map(x), cell.recurrent_map(state[0])
+    expected: dict[str, Tensor] = {}
+    if isinstance(cell, LSTM):
+        i, f, _, o = (from_x + from_h).chunk(4, dim=1)
+        w_i, w_f, w_o = torch.zeros(3, 4, dtype=torch.float64) if cell.peephole is None else cell.peephole
+        c, c_after = state[1], after[1]
+        expected = {"i": i + w_i * c, "f": f + w_f * c, "o": o + w_o * c_after}
+    elif form == "gru-none":
+        expected = {"z": (from_x + from_h)[:, :4]}
+    elif isinstance(cell, GRU):
+        expected = {"r": from_x[:, :4] + from_h[:, :4], "z": from_x[:, 4:8] + from_h[:, 4:8]}
+    assert list(gates) == list(expected)
+    for name, gate in gates.items():
+        close(gate, torch.sigmoid(expected[name]))
+    for one, other in zip(cell.step(projected, state), after, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gates_of_an_st_lstm_make_its_memories() -> None:
+    torch.manual_seed(0)
+    cell = STLSTM(3, 4).double()
+    h, c, m = (normal(2, 4) for _ in range(3))
+    (after, new_c, new_m), gates = cell.step_and_gates(cell.project(normal(2, 1, 3))[:, 0], (h, c, m))  # type: ignore[index]  # as above
+    close(new_c, gates["f"] * c + gates["i . g"])
+    close(new_m, gates["f'"] * m + gates["i' . g'"])
+    close(after, gates["o"] * torch.tanh(cell.fusion_map(torch.cat([new_c, new_m], dim=1))))
+    for name in ("i", "i'"):
+        assert (gates[f"{name} . g{name[1:]}"].abs() < gates[name]).all()

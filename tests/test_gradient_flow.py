@@ -194,6 +194,7 @@ def test_training_is_the_same_bit_by_bit_and_leaves_its_measurements(tmp_path: P
         ("convgru", "h", {"encoder": [2, 3, 4], "forecaster": [0, 1]}),
         ("convrnn", "h", {"encoder": [2, 3, 4], "forecaster": [0, 1]}),
         ("next_frame", "hc", {"stack": [0, 1, 2, 3]}),
+        ("predrnn", "hcm", {"cells": [0, 1, 2, 3]}),
     ],
 )
 def test_every_state_of_every_layer_is_measured_and_every_weight(
@@ -240,16 +241,11 @@ def test_what_is_frozen_or_half_broken_is_left_as_it_was() -> None:
     assert cell is not None
     with pytest.raises(ValueError, match="no input"), recorded(chain):
         cell.project(None)
-    assert "step" not in vars(cell)
+    assert "step_and_gates" not in vars(cell)
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["model=unet", "model.network.widths=[2,2]"], ["model=predrnn", "model.network.hidden=[2,2]"]],
-    ids=lambda given: given[0],
-)
-def test_a_network_without_steps_is_refused(overrides: list[str]) -> None:
-    module, data = composed(*overrides)
+def test_a_network_without_steps_is_refused() -> None:
+    module, data = composed("model=unet", "model.network.widths=[2,2]")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     with pytest.raises(UserError, match="this network makes none"):
         flow(network_of(module), losses_of(module, batch), module.future)

@@ -72,7 +72,8 @@ def test_step_equals_the_printed_equations(dims: int) -> None:
     projected = made.project(x.unsqueeze(1))
     assert projected is not None
     state = made.step(projected[:, 0], (h, c, m))
-    told, added_c, added_m = made.with_increments(projected[:, 0], (h, c, m), h)
+    told, gates = made.step_and_gates(projected[:, 0], (h, c, m))
+    added_c, added_m = gates["i . g"], gates["i' . g'"]
     for ours, theirs in zip(
         (*state, *told, added_c, added_m), (*[new_h, new_c, new_m] * 2, more_c, more_m), strict=True
     ):

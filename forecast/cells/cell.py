@@ -20,6 +20,12 @@ State = tuple[Tensor, ...]
 With variational dropout the mask of the sequence is its last part, B C with an axis of size 1 for each of space.
 """
 
+PARTS = "hcm"
+"""What the tensors of a state are called: hidden state, cell state, memory."""
+
+Gates = dict[str, Tensor]
+"""The gates of a step (in an STLSTM what they let in, too), each B C *space, by its name in the cell's equations."""
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -125,22 +131,31 @@ class Cell(nn.Module):
 
     def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
         """One step in time: the input's share of the gates and the state -> the next state."""
+        return self.step_and_gates(projected, state)[0]
+
+    def step_and_gates(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> tuple[State, Gates]:
+        """`step`, and the gates by which it went."""
         before, mask = state[: self.states], state[self.states :]
         seen = before[0] * mask[0] if mask and self.training else before[0]
-        after = self.equations(projected, before, seen)
+        after, gates = self.equations(projected, before, seen)
         if any(self.zoneout):
             kept = zip(before, after, self.zoneout, strict=True)
             after = tuple(zone_out(old, new, share, self.training) for old, new, share in kept)
-        return after + mask
+        return after + mask, gates
 
     @abstractmethod
-    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
+    def equations(
+        self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor
+    ) -> tuple[State, Gates]:
         """One step by the cell's own equations.
 
         Args:
             projected: the input's share of the gates.
             state: before the step, without a mask.
             seen: h as the recurrent map sees it: with variational dropout some channels are hidden.
+
+        Returns:
+            The state after the step, before zoneout, and the gates, which `forecast.recurrence.watched` shows.
         """
 
     @property

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forecast.cells.cell import Cell, State, linear_map
+from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -87,17 +87,19 @@ class GRU(Cell):
                 norm=norm,
             )
 
-    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
+    def equations(
+        self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor
+    ) -> tuple[State, Gates]:
         (h,) = state
         recurrent = self.recurrent_map(seen)
         if self.reset == "none":
             z, n = self.add_input(projected, recurrent).chunk(2, dim=1)
             n = self.activation(n)
             z = torch.sigmoid(z)
-            return (n + z * (h - n),)
+            return (n + z * (h - n),), {"z": z}
         C = self.hidden_channels
         gates_x, candidate_x = (None, None) if projected is None else projected.split([2 * C, C], dim=1)
         r, z = torch.sigmoid(self.add_input(gates_x, recurrent[:, : 2 * C])).chunk(2, dim=1)
         candidate_h = r * recurrent[:, 2 * C :] if self.candidate_map is None else self.candidate_map(r * seen)
         n = self.activation(self.add_input(candidate_x, candidate_h))
-        return (n + z * (h - n),)
+        return (n + z * (h - n),), {"r": r, "z": z}

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forecast.cells.cell import Cell, State, per_channel
+from forecast.cells.cell import Cell, Gates, State, per_channel
 from forecast.errors import UserError
 
 
@@ -86,14 +86,19 @@ class LSTM(Cell):
             with torch.no_grad():
                 biases[hidden_channels : 2 * hidden_channels].fill_(forget_bias)
 
-    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
+    def equations(
+        self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor
+    ) -> tuple[State, Gates]:
         _, c = state
         i, f, g, o = self.add_input(projected, self.recurrent_map(seen)).chunk(4, dim=1)
         if self.peephole is not None:
             w_i, w_f, w_o = (per_channel(weight, c) for weight in self.peephole)
             i = i + w_i * c
             f = f + w_f * c
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        i, f = torch.sigmoid(i), torch.sigmoid(f)
+        c = f * c + i * torch.tanh(g)
         if self.peephole is not None:
             o = o + w_o * c
-        return torch.sigmoid(o) * torch.tanh(c if self.state_norm is None else self.state_norm(c)), c
+        o = torch.sigmoid(o)
+        h = o * torch.tanh(c if self.state_norm is None else self.state_norm(c))
+        return (h, c), {"i": i, "f": f, "o": o}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forecast.cells.cell import Cell, State
+from forecast.cells.cell import Cell, Gates, State
 from forecast.errors import UserError
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
@@ -55,5 +55,7 @@ class RNN(Cell):
             raise UserError(f"Unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
         self.activation = ACTIVATIONS[activation]
 
-    def equations(self, projected: Float[Tensor, "B C *space"] | None, state: State, seen: Tensor) -> State:
-        return (self.activation(self.add_input(projected, self.recurrent_map(seen))),)
+    def equations(
+        self, projected: Float[Tensor, "B C *space"] | None, state: State, seen: Tensor
+    ) -> tuple[State, Gates]:
+        return (self.activation(self.add_input(projected, self.recurrent_map(seen))),), {}

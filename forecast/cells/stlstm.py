@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forecast.cells.cell import Cell, State, linear_map
+from forecast.cells.cell import Cell, Gates, State, linear_map
 
 
 class STLSTM(Cell):
@@ -69,25 +69,23 @@ class STLSTM(Cell):
         self.output_map = map_of(2 * C, C, recurrent_kernel)
         self.fusion_map = map_of(2 * C, C, 1)
 
-    def equations(self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor) -> State:
-        return self.with_increments(projected, state, seen)[0]
-
-    def with_increments(
+    def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor
-    ) -> tuple[State, Float[Tensor, "B C *space"], Float[Tensor, "B C *space"]]:
-        """The next state, and what was added to c and to m (i . g and i' . g'); the arguments are those of `equations`."""
+    ) -> tuple[State, Gates]:
         _, c, m = state
         C = self.hidden_channels
         x_c, x_m, x_o = (None, None, None) if projected is None else projected.split([3 * C, 3 * C, C], dim=1)
         h_c, h_o = self.recurrent_map(seen).split([3 * C, C], dim=1)
-        c, added_c = self._remember(c, self.add_input(x_c, h_c))
-        m, added_m = self._remember(m, self.add_input(x_m, self.memory_map(m)))
+        c, of_c = self._remember(c, self.add_input(x_c, h_c))
+        m, of_m = self._remember(m, self.add_input(x_m, self.memory_map(m)))
         both = torch.cat([c, m], dim=1)
         o = torch.sigmoid(self.add_input(x_o, h_o) + self.output_map(both))
-        return (o * torch.tanh(self.fusion_map(both)), c, m), added_c, added_m
+        gates = dict(zip(("i", "f", "i . g", "i'", "f'", "i' . g'", "o"), (*of_c, *of_m, o), strict=True))
+        return (o * torch.tanh(self.fusion_map(both)), c, m), gates
 
-    def _remember(self, memory: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory after the gates i, f, g, and what they added to it."""
+    def _remember(self, memory: Tensor, gates: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The memory after the gates i, f, g; and i, f, and what was added to it."""
         i, f, g = gates.chunk(3, dim=1)
-        added = torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(f + self.forget_bias) * memory + added, added
+        i, f = torch.sigmoid(i), torch.sigmoid(f + self.forget_bias)
+        added = i * torch.tanh(g)
+        return f * memory + added, (i, f, added)

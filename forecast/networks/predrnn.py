@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from forecast.cells.cell import State
 from forecast.cells.stlstm import STLSTM
 from forecast.errors import UserError
-from forecast.networks.next_frame import RollOut, check
+from forecast.networks.network import check
+from forecast.networks.next_frame import RollOut
 
 
 class PredRNN(RollOut):
@@ -88,10 +89,11 @@ class PredRNN(RollOut):
                 assert projected is not None
                 h, c = layers[depth]
                 state = (h, c, memory)
-                (x, c, memory), added_c, added_m = cell.with_increments(projected[:, 0], state, h)
+                (x, c, memory), gates = cell.step_and_gates(projected[:, 0], state)
                 layers[depth] = (x, c)
                 if self.adapter is not None and self.training:
-                    likeness.append(self.decoupling * alike(self.adapter(added_c), self.adapter(added_m)))
+                    both = self.adapter(gates["i . g"]), self.adapter(gates["i' . g'"])
+                    likeness.append(self.decoupling * alike(*both))
             hidden.append(x)
         return torch.stack(hidden, dim=1), [*layers, (memory,)], likeness
 
