@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from conftest import WriteArchive, every
+from test_models import NAMES, TASKS
 from test_train import TINY, UNDRAWN
 
 from forecast import checkpoint
@@ -88,6 +89,29 @@ def test_training_on_two_processes_ends_where_one_does(trained: Path, tmp_path: 
     printed = commands.run(*DIGITS, *SMALL, *ddp(2), "data.batch_size=2", folder=tmp_path).stdout
     assert printed.count("Written to") == 1
     assert_same_weights(tmp_path, trained, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_has_the_gradient_of_one_process_on_two(name: str, tmp_path: Path) -> None:
+    """No parameter is left out by some of the processes, and what a network adds to the loss is a mean over all of them."""
+    size = "data.size=60" if name.startswith(("hko7", "unet")) else "data.size=32"
+    task = [*TASKS.get(name, ()), *(("references=interpolation",) if name == "gap_filler" else ())]
+    few = [
+        *DIGITS,
+        *SMALL,
+        size,
+        *ONE_STEP,
+        "optimizer.lr=0.01",
+        f"model={name}",
+        "data.past=2",
+        "data.future=2",
+        *task,
+    ]
+    few = [one for one in few if not one.startswith("model.network.")]
+    commands.run(*few, CPU, "data.batch_size=4", folder=tmp_path / "one")
+    commands.run(*few, *ddp(2), "data.batch_size=2", folder=tmp_path / "two")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-6)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])

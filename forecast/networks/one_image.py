@@ -66,6 +66,7 @@ class OneImage(EncodeThenForecast):
                 f"model=one_image reads one image, but data.past is {frames}; set data.past=1, or take a model such as "
                 "convlstm."
             )
+        self.frames = frames
         check(hidden, patch)
         if not widths or min(widths) < 1:
             raise UserError(
@@ -85,7 +86,7 @@ class OneImage(EncodeThenForecast):
         """The state that the image gives, one per layer; the arguments are those of `EncodeThenForecast`, T is 1."""
         if state is not None:
             raise UserError("A network of one image carries no state; take a model such as convlstm.")
-        if past.shape[1] != 1:
+        if past.shape[1] != self.frames:
             raise UserError(
                 f"A network of one image reads one frame; received {past.shape[1]}: give the last one alone."
             )
