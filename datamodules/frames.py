@@ -124,12 +124,15 @@ class FrameData(pl.LightningDataModule):
         them in each of its frames: their mean, valid where all of them are.
         """
         past, known = self.quantity.decode(batch.past)
-        following, seen = self.quantity.decode(batch.future)
-        gap = following.shape[1] - self.after
-        past, known = torch.cat([past, following[:, gap:]], dim=1), torch.cat([known, seen[:, gap:]], dim=1)
-        valid = seen[:, :gap].unflatten(1, (-1, self.accumulate)).all(2)
-        truth = following[:, :gap].unflatten(1, (-1, self.accumulate)).mean(2)
-        truth = torch.where(valid, truth, self.quantity.floor)
+        truth, valid = self.quantity.decode(batch.future)
+        if self.after:
+            gap = truth.shape[1] - self.after
+            past, known = torch.cat([past, truth[:, gap:]], dim=1), torch.cat([known, valid[:, gap:]], dim=1)
+            truth, valid = truth[:, :gap], valid[:, :gap]
+        if self.accumulate > 1:
+            truth, valid = (one.unflatten(1, (-1, self.accumulate)) for one in (truth, valid))
+            truth, valid = truth.mean(2), valid.all(2)
+            truth = torch.where(valid, truth, self.quantity.floor)
         valid = valid & (batch.block >= 0).view(-1, 1, 1, 1, 1)
         return Frames(past, known, truth, valid, batch.static, batch.time, batch.block, batch.first)
 
