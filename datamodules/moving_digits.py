@@ -6,7 +6,7 @@ Axes: B batch, N digits on a canvas, L frames of a sequence, T past frames, S fo
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ MOST_BLOCKS = 100
 """Groups of sequences that can be told apart in the scores: one for each of 10,000 would make them large for nothing."""
 
 
-def bounce(position: NDArray[np.float64], span: float) -> NDArray[np.float64]:
+def bounce(position: NDArray[np.float64], span: NDArray[np.int64] | float) -> NDArray[np.float64]:
     """Straight motion, folded back and forth between 0 and `span`: reflection at two walls."""
     return span - np.abs(np.mod(position, 2 * span) - span)
 
@@ -49,6 +49,17 @@ def deal(frames: NDArray[np.uint8], positions: NDArray[np.int64], past: int) -> 
         block=torch.where(sequence == PADDING, -1, sequence % MOST_BLOCKS),
         first=torch.ones(len(positions), dtype=torch.bool),
     )
+
+
+class Scenes(NamedTuple):
+    """What sequences are drawn from."""
+
+    chosen: NDArray[np.int64]
+    """The digits, B N, by their place among the images."""
+    start: NDArray[np.float64]
+    """Upper left corners in frame 0, B N 2: y, x in pixels."""
+    velocity: NDArray[np.float64]
+    """Pixels a frame, B N 2: y, x."""
 
 
 class Sequences(Windows, Protocol):
@@ -70,7 +81,7 @@ class MovingDigits:
         images: the digits to draw from, n D D uint8.
         sequences: number of sequences in the split.
         past, future: frames, T, and those that follow.
-        size: side of the canvas, H = W.
+        size: H W of the canvas.
         digits: digits on a canvas, N.
         speed: least and greatest speed, pixels a frame.
         seed, split: of the random draws.
@@ -84,7 +95,7 @@ class MovingDigits:
         *,
         past: int,
         future: int,
-        size: int,
+        size: tuple[int, int],
         digits: int,
         speed: tuple[float, float],
         seed: int,
@@ -106,8 +117,7 @@ class MovingDigits:
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the images and all that makes sequences of them, except the seed."""
-        drawn = (self.split, self.length, self.past, self.future, self.size, self.digits, self.speed, self.fresh)
-        result = hashlib.blake2b(json.dumps([*drawn, self.images.shape]).encode(), digest_size=8)
+        result = hashlib.blake2b(json.dumps([*self._drawn(), self.images.shape]).encode(), digest_size=8)
         result.update(np.ascontiguousarray(self.images).data)
         return result.hexdigest()
 
@@ -127,35 +137,46 @@ class MovingDigits:
         self, positions: NDArray[np.int64], epoch: int, length: int, begin: NDArray[np.int64] | int = 0
     ) -> NDArray[np.uint8]:
         """Frames B L H W of the sequences at those positions, in all at once, from frame `begin` of each on."""
-        chosen, start, velocity = self._scenes(positions, epoch)
-        span = self.size - self.images.shape[-1]
-        time = (np.asarray(begin)[..., None] + np.arange(length))[..., None, None]  # against B L N 2
-        corner = np.rint(bounce(start[:, None] + velocity[:, None] * time, span)).astype(np.intp)
-        canvas = np.zeros((len(positions), length, self.size, self.size), np.uint8)
-        places = sliding_window_view(canvas, self.images.shape[1:], axis=(2, 3), writeable=True)  # B L y x D D
-        b, frame = np.ogrid[: len(positions), :length]
-        for n in range(self.digits):
-            where = (b, frame, corner[:, :, n, 0], corner[:, :, n, 1])
-            places[where] = np.maximum(places[where], self.images[chosen[:, n], None])
-        return canvas
+        return self.frames(self.scenes(positions, epoch), length, begin)
 
-    def _scenes(
-        self, positions: NDArray[np.int64], epoch: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Which digits (B N), where they start and how they move (B N 2: y, x)."""
+    def scenes(self, positions: NDArray[np.int64], epoch: int) -> Scenes:
+        """The scenes of the sequences at those positions."""
         uniform = np.stack(
             [
                 np.random.default_rng((self.seed, SPLITS.index(self.split), epoch, position)).random((self.digits, 5))
                 for position in positions
             ]
         )
-        chosen = (uniform[..., 0] * len(self.images)).astype(np.int64)
-        start = uniform[..., 1:3] * (self.size - self.images.shape[-1])
         slow, fast = self.speed
         speed = slow + (fast - slow) * uniform[..., 3]
         angle = 2 * np.pi * uniform[..., 4]
-        velocity = np.stack([speed * np.sin(angle), speed * np.cos(angle)], axis=-1)
-        return chosen, start, velocity
+        return Scenes(
+            chosen=(uniform[..., 0] * len(self.images)).astype(np.int64),
+            start=uniform[..., 1:3] * self._span,
+            velocity=np.stack([speed * np.sin(angle), speed * np.cos(angle)], axis=-1),
+        )
+
+    def frames(self, scenes: Scenes, length: int, begin: NDArray[np.int64] | int = 0) -> NDArray[np.uint8]:
+        """Frames B L H W of scenes, from frame `begin` of each on."""
+        chosen, start, velocity = scenes
+        time = (np.asarray(begin)[..., None] + np.arange(length))[..., None, None]  # against B L N 2
+        corner = np.rint(bounce(start[:, None] + velocity[:, None] * time, self._span)).astype(np.intp)
+        canvas = np.zeros((len(chosen), length, *self.size), np.uint8)
+        places = sliding_window_view(canvas, self.images.shape[1:], axis=(2, 3), writeable=True)  # B L y x D D
+        b, frame = np.ogrid[: len(chosen), :length]
+        for n in range(self.digits):
+            where = (b, frame, corner[:, :, n, 0], corner[:, :, n, 1])
+            places[where] = np.maximum(places[where], self.images[chosen[:, n], None])
+        return canvas
+
+    @property
+    def _span(self) -> NDArray[np.int64]:
+        """How far a digit can go, y and x."""
+        return np.array(self.size) - self.images.shape[-1]
+
+    def _drawn(self) -> tuple[Any, ...]:
+        """What sequences are made of, beside the images and the seed."""
+        return (self.split, self.length, self.past, self.future, self.size, self.digits, self.speed, self.fresh)
 
 
 class DigitStreams:
@@ -277,18 +298,21 @@ class MovingDigitsData(FrameData):
         if self._windows:
             return
         for split, images in self.images().items():
-            self._windows[split] = MovingDigits(
-                images,
-                self.sequences[split],
-                past=self.past,
-                future=self.following,
-                size=self.size,
-                digits=self.digits,
-                speed=self.speed,
-                seed=self.seed if split == "train" else 0,  # every run is scored on the same sequences
-                split=split,
-                fresh=self.fresh and split == "train",
-            )
+            self._windows[split] = self._sequences(split, images)
+
+    def _sequences(self, split: Split, images: NDArray[np.uint8]) -> MovingDigits:
+        return MovingDigits(
+            images,
+            self.sequences[split],
+            past=self.past,
+            future=self.following,
+            size=self.grid.size,
+            digits=self.digits,
+            speed=self.speed,
+            seed=self.seed if split == "train" else 0,  # every run is scored on the same sequences
+            split=split,
+            fresh=self.fresh and split == "train",
+        )
 
     def windows(self, split: Split) -> Sequences:
         return self._windows[split]

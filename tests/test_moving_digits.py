@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(0).integers(1, 256, (7, 5, 5), dtype=np.uint8)
 
 
 def moving(**options: Any) -> MovingDigits:
-    settings = {"past": 3, "future": 4, "size": 12, "digits": 2, "speed": (2.0, 4.0), "seed": 0, "split": "train"}
+    settings = {"past": 3, "future": 4, "size": (12, 12), "digits": 2, "speed": (2.0, 4.0), "seed": 0, "split": "train"}
     return MovingDigits(IMAGES, options.pop("sequences", 9), **{**settings, "fresh": True, **options})
 
 
@@ -39,8 +39,8 @@ def naive(moving: MovingDigits, epoch: int, position: int, length: int) -> NDArr
     entropy = (moving.seed, SPLITS.index(moving.split), epoch, position)
     draws = np.random.default_rng(entropy).random((moving.digits, 5))
     D = moving.images.shape[-1]
-    span = moving.size - D
-    frames = np.zeros((length, moving.size, moving.size), np.uint8)
+    span = moving.size[0] - D
+    frames = np.zeros((length, *moving.size), np.uint8)
     for which, y, x, pace, direction in draws:
         image = moving.images[int(which * len(moving.images))]
         speed = moving.speed[0] + pace * (moving.speed[1] - moving.speed[0])
@@ -97,7 +97,7 @@ def test_bounce_reflects_at_both_walls() -> None:
 def test_frames_are_those_of_the_naive_loop(
     size: int, digits: int, speed: tuple[float, float], seed: int, epoch: int, split: Split
 ) -> None:
-    sequences = moving(size=size, digits=digits, speed=speed, seed=seed, split=split)
+    sequences = moving(size=(size, size), digits=digits, speed=speed, seed=seed, split=split)
     batch = sequences[Draw(epoch, (5, 0, 8))]
     expected = np.stack([naive(sequences, epoch, position, 7) for position in (5, 0, 8)])
     assert np.array_equal(frames_of(batch).numpy(), expected)
@@ -157,7 +157,7 @@ def test_a_fingerprint_changes_with_all_that_changes_frames_except_the_seed() ->
 
 def test_draws_are_uniform() -> None:
     sequences = moving(sequences=7000, speed=(2.0, 4.0))
-    chosen, start, velocity = sequences._scenes(np.arange(7000), 0)
+    chosen, start, velocity = sequences.scenes(np.arange(7000), 0)
     counts = np.bincount(chosen.ravel(), minlength=7)
     assert ((counts - 2000) ** 2 / 2000).sum() < 22.5  # chi square, 6 degrees of freedom, 1 in 1000
     speed = np.hypot(*np.moveaxis(velocity, -1, 0))
@@ -179,7 +179,7 @@ def test_the_default_task_is_honest() -> None:
     assert data.speed == (2.0, 4.0)
     windows = data.windows("test")
     assert isinstance(windows, MovingDigits)
-    _, start, velocity = windows._scenes(np.arange(len(windows)), 0)
+    _, start, velocity = windows.scenes(np.arange(len(windows)), 0)
     end = start + velocity * (data.past + data.future - 1)
     span = data.size - data.digit_size
     assert ((end < 0) | (end > span)).any(axis=-1).mean() > 0.75  # of the digits, the share that bounces

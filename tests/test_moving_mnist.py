@@ -107,7 +107,7 @@ def test_the_default_speed_is_a_tenth_of_the_free_canvas(root: Path) -> None:
     data.setup()
     windows = data.windows("train")
     assert isinstance(windows, MovingDigits)
-    speed = np.hypot(*np.moveaxis(windows._scenes(np.arange(20), 0)[2], -1, 0))
+    speed = np.hypot(*np.moveaxis(windows.scenes(np.arange(20), 0)[2], -1, 0))
     assert speed == pytest.approx((64 - 28) / 10)
 
 

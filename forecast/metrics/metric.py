@@ -167,8 +167,8 @@ class Pixels:
 
     def few(self) -> Iterator["Pixels"]:
         """The frames F C H W of a batch, a few at a time."""
-        # An accelerator wants more to do at once; its memory still holds it.
-        pixels = 2**16 if self.truth.device.type == "cpu" else 2**24
+        # As many as a core's cache holds, for each thread. An accelerator wants more to do at once; its memory holds it.
+        pixels = 2**16 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
         most = 1 + pixels // max(1, self.truth.shape[2:].numel())
         fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
         for part in zip(*(field.flatten(0, 1).split(most) for field in fields), strict=True):
