@@ -37,6 +37,7 @@ from torch import nn
 
 from datamodules.frames import FrameData
 from forecast import checkpoint, command_line, config, launch
+from forecast.allocator import keep_freed_memory
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import clear, whole
@@ -44,6 +45,7 @@ from forecast.forecaster import Forecaster, NetworkForecaster, check_given
 from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
+from forecast.recurrence import use_backend
 from forecast.scoring import scoring_of
 from forecast.tbptt import TruncatedBPTT
 from forecast.teaching import FreeRunning
@@ -106,6 +108,7 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
         if cfg.init_from is not None:
             checkpoint.start_from(cfg.init_from, forecaster)
         checkpoint.freeze(forecaster, cfg.freeze)
+        use_backend(network, cfg.backend)
         if cfg.compile:
             network.compile()
     card = checkpoint.card(cfg, data)
@@ -124,6 +127,7 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
 
 def train(cfg: DictConfig) -> float | None:
     """One run, from a checked configuration to its report; the best value of the monitor."""
+    keep_freed_memory()
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data: FrameData = config.build(cfg.data)
     data.setup()

@@ -14,14 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
+from forecast.kernels import unroll as fast
 
 SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
+
+
+BACKENDS = ("auto", "reference", "fused")
 
 
 def unroll(
     cell: Cell, projected: Float[Tensor, "B T GC *space"] | None, state: State, steps: int
 ) -> tuple[Float[Tensor, "B T C *space"], State]:
-    """Steps a cell through time: the plain reference, and the seam where a fast kernel enters.
+    """Steps a cell through time: the plain reference.
 
     Args:
         cell: the cell.
@@ -39,23 +43,38 @@ def unroll(
     return torch.stack(outputs, dim=1), state
 
 
-def unroll_again(
-    cell: Cell, x: Float[Tensor, "B T X *space"] | None, state: State, steps: int, stretch: int
+def through_time(
+    cell: Cell,
+    x: Float[Tensor, "B T X *space"] | None,
+    state: State,
+    steps: int,
+    *,
+    backend: str = "auto",
+    recompute: int | None = None,
 ) -> tuple[Float[Tensor, "B T C *space"], State]:
-    """`unroll` of a cell's projected input, which for gradients keeps the state before each stretch of steps alone.
+    """Runs a cell through its input: `unroll`, or `forecast.kernels.unroll` where the cell has a kernel. The seam of both.
 
-    What lies between is computed once more when gradients come back (activation checkpointing; Chen et al. 2016, arXiv
-    1604.06174): less memory, more time, the same numbers.
+    With `recompute` gradients find the state before each stretch of steps alone, and what lies between is computed once
+    more (activation checkpointing; Chen et al. 2016, arXiv 1604.06174): less memory, more time, the same numbers.
 
     Args:
         cell, state, steps: as in `unroll`.
         x: the input, not projected; None for a cell without input.
-        stretch: steps between two states that are kept; the square root of T needs the least memory.
+        backend: one of `BACKENDS`; all but "reference" take the kernel where there is one.
+        recompute: steps between two states that are kept; the square root of T needs the least memory. None keeps all.
     """
+    cell.check_input(x)
+    # A compiler sees more in single steps.
+    found = None if backend == "reference" or torch.compiler.is_compiling() else cell.fast()
+    stretch = recompute if torch.is_grad_enabled() else None
 
     def part(x: Tensor | None, steps: int, *state: Tensor) -> tuple[Tensor, State]:
-        return unroll(cell, cell.project(x), state, steps)
+        if found is None:
+            return unroll(cell, cell.project(x), state, steps)
+        return fast.unroll(*found, x, state, steps, again=stretch == 1)
 
+    if stretch is None or (found is not None and stretch == 1):
+        return part(x, steps, *state)
     outputs = []
     for begin in range(0, steps, stretch):
         count = min(stretch, steps - begin)
@@ -91,7 +110,8 @@ class Layer(nn.Module):
         before: applied to each frame first (down- or up-sampling between layers).
         above: channels of 3x3 convolutions (vectors: of dense layers), each with a leaky ReLU, that each hidden state goes
             through before anyone reads it.
-        recompute: steps between the states that are kept for gradients (`unroll_again`); None keeps all there is.
+        recompute: steps between the states that are kept for gradients (`through_time`); None keeps all there is.
+        backend: one of `BACKENDS`; see `through_time` and `use_backend`.
     """
 
     def __init__(
@@ -102,6 +122,7 @@ class Layer(nn.Module):
         before: nn.Module | None = None,
         above: Sequence[int] = (),
         recompute: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if recompute is not None and recompute < 1:
@@ -115,6 +136,7 @@ class Layer(nn.Module):
         self.forward_cell = forward_cell
         self.backward_cell = backward_cell
         self.recompute = recompute
+        self.backend = backend
         hidden = sum(cell.hidden_channels for cell in cells)
         self.above = deepened([hidden, *above], cells[0].spatial_dims) if above else None
 
@@ -136,18 +158,13 @@ class Layer(nn.Module):
             if cell is None:
                 continue
             read = x.flip(1) if backward and x is not None else x
-            stretch = self.recompute if torch.is_grad_enabled() else None
-            projected = cell.project(read) if stretch is None else read
             if state is not None:
                 begin = state[len(last) : len(last) + cell.carried]
-            elif projected is not None:
-                begin = cell.initial_state(projected.shape[0], tuple(projected.shape[3:]), projected)
+            elif read is not None:
+                begin = cell.initial_state(read.shape[0], tuple(read.shape[3:]), read)
             else:
                 raise ValueError("A layer without input needs a state to start from.")
-            if stretch is None:
-                outputs, end = unroll(cell, projected, begin, steps)
-            else:
-                outputs, end = unroll_again(cell, read, begin, steps, stretch)
+            outputs, end = through_time(cell, read, begin, steps, backend=self.backend, recompute=self.recompute)
             halves.append(outputs.flip(1) if backward else outputs)
             last += end
         hidden = halves[0] if len(halves) == 1 else torch.cat(halves, dim=2)
@@ -219,6 +236,29 @@ class Stack(nn.Module):
             outputs.append(x)
             last.append(state)
         return outputs, last
+
+
+def use_backend(network: nn.Module, backend: str) -> None:
+    """How the recurrent layers of a network are run from now on; the numbers are the same, up to rounding.
+
+    Args:
+        network: what has no recurrent layers stays as it is.
+        backend: "auto": by a kernel (`forecast.kernels`) where the cell has one, else step by step; "reference": step by
+            step; "fused": by kernels alone.
+
+    Raises:
+        UserError: there is no such backend, or "fused" is asked of a cell without a kernel.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    for module in network.modules():
+        if isinstance(module, Layer):
+            module.backend = backend
+        elif isinstance(module, Cell) and backend == "fused" and module.fast() is None:
+            raise UserError(
+                f"backend=fused, but this {type(module).__name__} has no kernel: there are none with zoneout, dropout or "
+                "norm, for a GRU that resets before its map, and for an ST-LSTM; set backend=auto."
+            )
 
 
 @contextmanager

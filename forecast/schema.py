@@ -75,6 +75,7 @@ class Config:
     init_from: str | None = None
     freeze: list[str] = field(default_factory=list)
     compile: bool = False
+    backend: str = "auto"
     folder: str = "."
     monitor: Monitor = field(default_factory=Monitor)
     data: dict[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ Axes: B batch, T time, C channels (of the input X or hidden), G gates, *space: n
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from forecast.cells.regularity import check, normalised, sequence_mask, share_of_each, zone_out
 from forecast.errors import UserError
+from forecast.kernels.unroll import Kernel, Maps
 
 State = tuple[Tensor, ...]
 """What a cell carries from step to step, each B C *space; state[0] is the hidden state h, its output.
@@ -96,6 +97,7 @@ class Cell(nn.Module):
         self.spatial_dims = spatial_dims
         self.zoneout = share_of_each(zoneout, self.states)
         self.dropout = dropout
+        self.norm = norm
         check(dropout, norm, hidden_channels)
         self.input_map = (
             linear_map(
@@ -121,13 +123,17 @@ class Cell(nn.Module):
 
     def project(self, x: Float[Tensor, "B T X *space"] | None) -> Float[Tensor, "B T GC *space"] | None:
         """The input's share of every gate, for all time steps at once; None where there is no input."""
+        self.check_input(x)
+        if x is None or self.input_map is None:
+            return None
+        return self.input_map(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def check_input(self, x: Tensor | None) -> None:
+        """Refuses an input where there is none to be had, and none where there is one."""
         if (x is None) != (self.input_map is None):
             raise ValueError(
                 f"A cell with {self.input_channels} input channels was given {'no input' if x is None else 'an input'}."
             )
-        if x is None or self.input_map is None:
-            return None
-        return self.input_map(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def step(self, projected: Float[Tensor, "B GC *space"] | None, state: State) -> State:
         """One step in time: the input's share of the gates and the state -> the next state."""
@@ -157,6 +163,26 @@ class Cell(nn.Module):
         Returns:
             The state after the step, before zoneout, and the gates, which `forecast.recurrence.watched` shows.
         """
+
+    def kernel(self) -> Kernel | None:
+        """The same equations with gradients by hand, for `forecast.kernels`; None where nobody has written them."""
+        return None
+
+    def fast(self) -> tuple[Kernel, Maps] | None:
+        """What the fast unroll needs of this cell; None where it has to be stepped.
+
+        That is so where there is no kernel, with zoneout, dropout or norm, where a subclass has other equations, and while
+        its steps are watched (`forecast.recurrence.watched`).
+        """
+        own = {name: next(one for one in type(self).__mro__ if name in vars(one)) for name in ("kernel", "equations")}
+        stepped = own["kernel"] is not own["equations"] or "step_and_gates" in vars(self)
+        kernel = None if stepped or any(self.zoneout) or self.dropout or self.norm is not None else self.kernel()
+        if kernel is None:
+            return None
+        # Without norm they are a Linear or a ConvNd.
+        read, recurrent = cast(nn.Linear | None, self.input_map), cast(nn.Linear, self.recurrent_map)
+        maps = Maps(recurrent.weight, recurrent.bias)
+        return kernel, maps if read is None else maps._replace(input_weight=read.weight, input_bias=read.bias)
 
     @property
     def carried(self) -> int:

@@ -1,6 +1,6 @@
 """Gated recurrent units, for vectors and for fields (ConvGRU), in the three forms that are in use."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
+from forecast.kernels.activations import ACTIVATIONS
+from forecast.kernels.gru import GRUWithoutReset, GRUWithReset
+from forecast.kernels.unroll import Kernel
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "leaky_relu": nn.LeakyReLU(0.2),
-}
 RESETS = ("after", "before", "none")
 
 
@@ -87,6 +85,11 @@ class GRU(Cell):
                 norm=norm,
             )
 
+    def kernel(self) -> Kernel | None:
+        if self.reset == "before":
+            return None
+        return Kernel((GRUWithoutReset if self.reset == "none" else GRUWithReset)(self.activation))
+
     def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor
     ) -> tuple[State, Gates]:
@@ -94,12 +97,12 @@ class GRU(Cell):
         recurrent = self.recurrent_map(seen)
         if self.reset == "none":
             z, n = self.add_input(projected, recurrent).chunk(2, dim=1)
-            n = self.activation(n)
+            n = self.activation.plain(n)
             z = torch.sigmoid(z)
             return (n + z * (h - n),), {"z": z}
         C = self.hidden_channels
         gates_x, candidate_x = (None, None) if projected is None else projected.split([2 * C, C], dim=1)
         r, z = torch.sigmoid(self.add_input(gates_x, recurrent[:, : 2 * C])).chunk(2, dim=1)
         candidate_h = r * recurrent[:, 2 * C :] if self.candidate_map is None else self.candidate_map(r * seen)
-        n = self.activation(self.add_input(candidate_x, candidate_h))
+        n = self.activation.plain(self.add_input(candidate_x, candidate_h))
         return (n + z * (h - n),), {"r": r, "z": z}

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, Gates, State, per_channel
 from forecast.errors import UserError
+from forecast.kernels.lstm import LSTMEquations
+from forecast.kernels.unroll import Kernel
 
 
 class LSTM(Cell):
@@ -85,6 +87,9 @@ class LSTM(Cell):
             biases = self.recurrent_map.get_parameter("bias" if norm is None else "norm.bias")
             with torch.no_grad():
                 biases[hidden_channels : 2 * hidden_channels].fill_(forget_bias)
+
+    def kernel(self) -> Kernel:
+        return Kernel(LSTMEquations(), () if self.peephole is None else (self.peephole,))
 
     def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor

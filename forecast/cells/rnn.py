@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from forecast.cells.cell import Cell, Gates, State
 from forecast.errors import UserError
+from forecast.kernels.activations import ACTIVATIONS
+from forecast.kernels.rnn import RNNEquations
+from forecast.kernels.unroll import Kernel
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+CHOICES = ("tanh", "relu")
 
 
 class RNN(Cell):
@@ -51,11 +53,14 @@ class RNN(Cell):
             dropout=dropout,
             norm=norm,
         )
-        if activation not in ACTIVATIONS:
-            raise UserError(f"Unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}.")
+        if activation not in CHOICES:
+            raise UserError(f"Unknown activation {activation!r}; choose one of {', '.join(CHOICES)}.")
         self.activation = ACTIVATIONS[activation]
+
+    def kernel(self) -> Kernel:
+        return Kernel(RNNEquations(self.activation))
 
     def equations(
         self, projected: Float[Tensor, "B C *space"] | None, state: State, seen: Tensor
     ) -> tuple[State, Gates]:
-        return (self.activation(self.add_input(projected, self.recurrent_map(seen))),), {}
+        return (self.activation.plain(self.add_input(projected, self.recurrent_map(seen))),), {}

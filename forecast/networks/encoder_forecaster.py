@@ -83,7 +83,7 @@ class EncoderForecaster(EncodeThenForecast):
         down, up: `Resampling` of each layer, finest first; both or neither.
         refine: channels of the 3x3 convolutions after the last up-sampling.
         above: channels of 3x3 convolutions on each hidden state, before the next layer (or the output) reads it.
-        recompute: steps between the states that are kept for gradients (`forecast.recurrence.unroll_again`); None: all.
+        recompute: steps between the states that are kept for gradients (`forecast.recurrence.through_time`); None: all.
         coordinates: give every frame three more channels: x and y from -1 to 1, and ones (HKO-7 does).
         inputs: channels of a past frame, static fields included.
         outputs: channels that the head wants, K.

@@ -29,7 +29,7 @@ class FlatEncoderForecaster(EncodeThenForecast):
         cell: class of the recurrent cell with its options.
         hidden: units of each layer.
         above: units of dense layers on each hidden state, before the next layer (or the output) reads it.
-        recompute: steps between the states that are kept for gradients (`forecast.recurrence.unroll_again`); None: all.
+        recompute: steps between the states that are kept for gradients (`forecast.recurrence.through_time`); None: all.
         tile: side of the tiles; None takes the frame whole.
         most_parameters: more than these are refused.
         inputs: channels of a past frame, static fields included.

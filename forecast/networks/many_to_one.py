@@ -35,7 +35,7 @@ class ManyToOne(EncodeThenForecast):
         outputs: channels that the head wants, K.
         input_kernel, recurrent_kernel: of the cells, for all layers or for each.
         patch: side of the patches that become channels (1: pixels as they are).
-        recompute: steps between the states that are kept for gradients (`forecast.recurrence.unroll_again`); None: all.
+        recompute: steps between the states that are kept for gradients (`forecast.recurrence.through_time`); None: all.
 
     Raises:
         UserError: more than one frame is to be forecast.

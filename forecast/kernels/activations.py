@@ -1,0 +1,51 @@
+"""Activations: plain, in place, and their gradients from what they gave."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """A function of single numbers."""
+
+    plain: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], None]
+    """Takes the gradient of the result, the result, and where the gradient of what went in is to go."""
+
+
+def sigmoid_backward(gradient: Tensor, result: Tensor, out: Tensor) -> None:
+    aten.sigmoid_backward.grad_input(gradient, result, grad_input=out)
+
+
+def tanh_backward(gradient: Tensor, result: Tensor, out: Tensor) -> None:
+    aten.tanh_backward.grad_input(gradient, result, grad_input=out)
+
+
+def relu_backward(gradient: Tensor, result: Tensor, out: Tensor) -> None:
+    aten.threshold_backward.grad_input(gradient, result, 0, grad_input=out)
+
+
+def leaky_relu_backward(gradient: Tensor, result: Tensor, out: Tensor, slope: float) -> None:
+    aten.leaky_relu_backward.grad_input(gradient, result, slope, True, grad_input=out)
+
+
+def _leaky_relu(slope: float) -> Activation:
+    return Activation(
+        partial(F.leaky_relu, negative_slope=slope),
+        partial(F.leaky_relu_, negative_slope=slope),
+        partial(leaky_relu_backward, slope=slope),
+    )
+
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "tanh": Activation(torch.tanh, torch.tanh_, tanh_backward),
+    "relu": Activation(torch.relu, torch.relu_, relu_backward),
+    "leaky_relu": _leaky_relu(0.2),
+}

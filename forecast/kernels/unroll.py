@@ -1,0 +1,272 @@
+"""A whole recurrence as one node of the graph: what a graph of steps repeats at every step is done once for all of them.
+
+    gates(t) = W_x * x(t) + b_x + W_h * h(t-1) + b       W_x * x for all t in one call
+    state(t) = equations(gates(t), state(t-1))           in place
+
+and backward in time only what hangs on the step after:
+
+    d gates(t), d state(t-1) = gradients of the equations, in place
+    d h(t-1) += W_h^T * d gates(t)
+
+W_x, W_h, the biases, x and the cell's own weights get their gradients afterwards, for all steps in one call each. The
+numbers are those of `forecast.recurrence.unroll`, up to the order of sums.
+
+Axes: B batch, T time, N frames (B of one step, or T B of all), C hidden channels, G gates, *space: none for vectors, up to
+D H W.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from forecast.errors import UserError
+from forecast.kernels.maps import mapped, to_bias, to_input, to_weight
+
+States = tuple[Tensor, ...]
+
+BLOCK = 16  # channels, of oneDNN's convolutions with 512-bit vectors and of tensor cores in half precision
+
+
+class Equations(ABC):
+    """A cell's equations and their gradients, in place, for any number of frames at once."""
+
+    kept: ClassVar[int] = 0
+    """Maps of C channels that the gradients need beside the gates and the states."""
+    shared: ClassVar[bool] = True
+    """Whether the input's and the state's share of the gates are added before anything else happens to them."""
+    from_states: ClassVar[bool] = False
+    """Whether the gradients need the states alone, and not the gates."""
+
+    @abstractmethod
+    def forward(
+        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
+    ) -> None:
+        """One step.
+
+        Args:
+            gates: N GC *space before they open, the input's share alone unless they are `shared`; overwritten by how far
+                they opened.
+            recurrent: W_h * h + b, may be overwritten; None where the gates are `shared`.
+            kept: N (kept C) *space; where goes what the gradients need beside.
+            before: the state before the step, N C *space each.
+            after: where the state after it goes.
+            own: the cell's own weights.
+        """
+
+    @abstractmethod
+    def backward(
+        self, gates: Tensor, recurrent: Tensor, kept: Tensor, before: States, after: States, state: States, own: States
+    ) -> None:
+        """The gradients of a step.
+
+        Args:
+            gates: as `forward` left them, overwritten by the gradient of what it was given. Where gradients come
+                `from_states` there is nothing in them yet.
+            recurrent: where the gradient of W_h * h + b goes; the same tensor as `gates` where they are `shared`.
+            kept, before, after, own: as `forward` left them.
+            state: gradients of the state after the step, overwritten by those of the state before it, without what comes
+                through W_h.
+        """
+
+    def own(self, gates: Tensor, before: States, after: States) -> States:
+        """The gradients of the cell's own weights, from those of the gates of all frames."""
+        return ()
+
+
+class Kernel(NamedTuple):
+    """What a cell is to the fast unroll."""
+
+    equations: Equations
+    own: States = ()
+    """Weights of its own, beside those of its two maps."""
+
+
+class Maps(NamedTuple):
+    """The weights of a cell's two maps."""
+
+    weight: Tensor
+    bias: Tensor | None
+    input_weight: Tensor | None = None
+    input_bias: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Maps":
+        bias, input_weight, input_bias = (None if one is None else one.to(dtype) for one in self[1:])
+        return Maps(self.weight.to(dtype), bias, input_weight, input_bias)
+
+
+def unroll(
+    kernel: Kernel, maps: Maps, x: Tensor | None, state: Sequence[Tensor], steps: int, again: bool = False
+) -> tuple[Tensor, States]:
+    """Steps a cell through time; gradients come back through one node. It has none of a higher order.
+
+    Under autocast the maps and h are of its lower precision, all else that is carried from step to step stays in float32.
+
+    Args:
+        kernel: of the cell.
+        maps: of the cell.
+        x: the input, B T X *space; None for a cell without input.
+        state: before the first step, B C *space each.
+        steps: T.
+        again: keep the states alone for gradients, and make the gates anew from them, for all steps at once.
+
+    Returns:
+        The hidden state after each step B T C *space, and the state after the last.
+    """
+    h, *others = state
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        x, h = None if x is None else x.to(low), h.to(low)
+        maps = maps.to(low)
+        others = [one.float() for one in others]
+    given = (x, *maps, h, *others, *kernel.own)
+    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
+    with torch.autocast(device, enabled=False):
+        outputs, *last = _Unrolled.apply(  # type: ignore[no-untyped-call]  # torch says no type
+            kernel.equations, steps, again, wanted, len(state), *given
+        )
+    return outputs, tuple(last)
+
+
+class _Unrolled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        equations: Equations,
+        steps: int,
+        again: bool,
+        wanted: bool,
+        states: int,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_weight: Tensor | None,
+        input_bias: Tensor | None,
+        *rest: Tensor,
+    ) -> States:
+        state, own = rest[:states], rest[states:]
+        h = state[0]
+        # What the map of each step reads: h, and with it x where that is quicker. Time first: a step's frames lie together.
+        joined = 0
+        if x is not None and input_weight is not None and _join(equations, weight, input_weight):
+            joined, weight, input_weight = x.shape[2], torch.cat([input_weight, weight], dim=1), None
+        seen = _room(h, steps + 1, joined + h.shape[1])
+        frames = None
+        if joined:
+            seen[:-1, :, :joined] = x.transpose(0, 1)
+        elif x is not None:
+            frames = x.transpose(0, 1).reshape(-1, *x.shape[2:])
+        # What nobody reads again has room for one step alone; of a state, for that before and that after.
+        keeps = wanted and not again and not equations.from_states
+        gates = _input_share(frames, input_weight, input_bias, h, steps if keeps else 1, weight)
+        kept = _room(h, steps if keeps else 1, equations.kept * h.shape[1])
+        others = [_room(one, steps + 1 if wanted else 2, one.shape[1]) for one in state[1:]]
+        history = seen[:, :, joined:], *others
+        for one, first in zip(history, state, strict=True):
+            one[0] = first
+        for t in range(steps):
+            before, after = (tuple(one[s % len(one)] for one in history) for s in (t, t + 1))
+            recurrent = mapped(seen[t], weight, bias)
+            _step(equations, gates[t % len(gates)], frames, recurrent, kept[t % len(kept)], before, after, own)
+        if wanted:
+            made = (gates, kept) if keeps else ()
+            ctx.save_for_backward(frames, weight, bias, input_weight, input_bias, seen, *others, *own, *made)
+            ctx.equations, ctx.steps, ctx.joined, ctx.keeps = equations, steps, joined, keeps
+            ctx.others, ctx.own = len(others), len(own)
+        return history[0][1:].transpose(0, 1), *(one[steps % len(one)].clone() for one in history)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise UserError("The fast unroll has no gradients of gradients; set backend=reference.")
+        frames, weight, bias, input_weight, input_bias, seen, *saved = ctx.saved_tensors
+        equations, steps, joined = ctx.equations, ctx.steps, ctx.joined
+        own = tuple(saved[ctx.others : ctx.others + ctx.own])
+        history = seen[:, :, joined:], *saved[: ctx.others]
+        befores, afters = tuple(one[:-1] for one in history), tuple(one[1:] for one in history)
+        flat_before, flat_after = (tuple(one.flatten(0, 1) for one in part) for part in (befores, afters))
+        flat_seen = seen[:-1].flatten(0, 1)
+        h = history[0][0]
+        if ctx.keeps:
+            # They are overwritten by their gradients; should one ask for gradients again, they are made anew.
+            gates, kept = (one.data for one in saved[-2:])
+            ctx.keeps = False
+        elif equations.from_states:
+            gates, kept = _room(h, steps, weight.shape[0]), _room(h, steps, 0)
+        else:
+            gates = _input_share(frames, input_weight, input_bias, h, steps, weight)
+            kept = _room(h, steps, equations.kept * h.shape[1])
+            recurrent, scratch = mapped(flat_seen, weight, bias), tuple(torch.empty_like(one) for one in flat_before)
+            _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), flat_before, scratch, own)
+        through = gates if equations.shared else _room(h, steps, weight.shape[0])
+        needs_x, needs_weight, needs_bias, needs_input_weight, needs_input_bias, needs_h = ctx.needs_input_grad[5:11]
+        d_x = _room(h, steps, joined).transpose(0, 1) if joined and needs_x else None
+        outputs, *last = gradients
+        state = tuple(one.clone() for one in last)
+        for t in reversed(range(steps)):
+            before, after = (tuple(one[t] for one in part) for part in (befores, afters))
+            state[0].add_(outputs[:, t])
+            equations.backward(gates[t], through[t], kept[t], before, after, state, own)
+            if t > 0 or needs_h or d_x is not None:
+                d_seen = to_input(through[t], seen[t], weight)
+                state[0].add_(d_seen[:, joined:])
+                if d_x is not None:
+                    d_x[:, t] = d_seen[:, :joined]
+        d_gates, d_recurrent = gates.flatten(0, 1), through.flatten(0, 1)
+        d_weight = d_input_weight = d_input_bias = None
+        if needs_weight or (joined and needs_input_weight):
+            d_weight = to_weight(d_recurrent, flat_seen, weight)
+        if joined:
+            d_input_weight, d_weight = (None, None) if d_weight is None else d_weight.tensor_split([joined], dim=1)
+        elif frames is not None:
+            if needs_x:
+                d_x = to_input(d_gates, frames, input_weight).unflatten(0, (steps, -1)).transpose(0, 1)
+            if needs_input_weight:
+                d_input_weight = to_weight(d_gates, frames, input_weight)
+            if needs_input_bias:
+                d_input_bias = to_bias(d_gates)
+        d_bias = to_bias(d_recurrent) if needs_bias else None
+        d_own = equations.own(d_gates, flat_before, flat_after) if own else ()
+        return *(None,) * 5, d_x, d_weight, d_bias, d_input_weight, d_input_bias, *state, *d_own
+
+
+def _join(equations: Equations, weight: Tensor, input_weight: Tensor) -> bool:
+    """Whether x and h go through one map: it is quicker where that is fewer of the blocks in which channels are taken."""
+    x, h = input_weight.shape[1], weight.shape[1]
+    fewer = -(-(x + h) // BLOCK) < -(-x // BLOCK) - (-h // BLOCK)
+    return equations.shared and fewer and input_weight.shape[2:] == weight.shape[2:]
+
+
+def _step(
+    equations: Equations,
+    gates: Tensor,
+    frames: Tensor | None,
+    recurrent: Tensor,
+    kept: Tensor,
+    before: States,
+    after: States,
+    own: States,
+) -> None:
+    """Adds the shares of the gates, if that is all that comes before them, and steps."""
+    if equations.shared:
+        (gates.copy_ if frames is None else gates.add_)(recurrent)
+    elif frames is None:
+        gates.zero_()
+    equations.forward(gates, None if equations.shared else recurrent, kept, before, after, own)
+
+
+def _room(like: Tensor, steps: int, channels: int) -> Tensor:
+    """T B channels *space, with nothing in it yet."""
+    return like.new_empty(steps, like.shape[0], channels, *like.shape[2:])
+
+
+def _input_share(
+    frames: Tensor | None, weight: Tensor | None, bias: Tensor | None, h: Tensor, steps: int, recurrent: Tensor
+) -> Tensor:
+    """The input's share of the gates of all steps, T B GC *space; without one, room for theirs."""
+    if frames is None or weight is None:
+        return _room(h, steps, recurrent.shape[0])
+    return mapped(frames, weight, bias).unflatten(0, (-1, h.shape[0]))
