@@ -13,6 +13,7 @@ from forecast.cells.gru import GRU
 from forecast.cells.lstm import LSTM
 from forecast.cells.rnn import RNN
 from forecast.errors import UserError
+from forecast.kernels import native
 from forecast.recurrence import BACKENDS, Layer, Stack, through_time, use_backend, watched
 
 X, C = 3, 4
@@ -87,6 +88,29 @@ def test_numbers_and_all_gradients_are_those_of_the_plain_unroll(
     state = some_state(cell, 2, space)
     fused = everything(cell, x, state, 5, backend="fused", recompute=recompute)
     equal(fused, everything(cell, x, state, 5, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", ["RNN", "RNN, ReLU", "LSTM", "LSTM without bias", "GRU"])
+@pytest.mark.parametrize("inputs", [X, 16])
+def test_torchs_own_functions_for_vectors_give_the_same(
+    kind: str, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they are cuDNN's; on a CPU they are the quickest for some sizes only."""
+    cell = cell_of(kind, inputs, dims=0)
+    x, state = normal(2, 5, inputs), some_state(cell, 2, ())
+    expected = everything(cell, x, state, 5, backend="reference")
+    calls = []
+    for quicker in (True, False):
+        monkeypatch.setattr(native, "quicker", lambda *_, quicker=quicker: calls.append(quicker) or quicker)
+        equal(everything(cell, x, state, 5), expected)
+    assert calls == [True, False]
+
+
+@pytest.mark.parametrize("kind", ["LSTM with peepholes", "GRU, leaky ReLU", "GRU without reset gate"])
+def test_other_equations_are_left_to_the_kernels(kind: str) -> None:
+    found = cell_of(kind, dims=0).fast()
+    assert found is not None
+    assert found[0].native is None
 
 
 @kinds

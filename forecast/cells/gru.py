@@ -88,7 +88,9 @@ class GRU(Cell):
     def kernel(self) -> Kernel | None:
         if self.reset == "before":
             return None
-        return Kernel((GRUWithoutReset if self.reset == "none" else GRUWithReset)(self.activation))
+        if self.reset == "none":
+            return Kernel(GRUWithoutReset(self.activation))
+        return Kernel(GRUWithReset(self.activation), native="gru" if self.activation.name == "tanh" else None)
 
     def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor

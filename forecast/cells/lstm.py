@@ -89,7 +89,9 @@ class LSTM(Cell):
                 biases[hidden_channels : 2 * hidden_channels].fill_(forget_bias)
 
     def kernel(self) -> Kernel:
-        return Kernel(LSTMEquations(), () if self.peephole is None else (self.peephole,))
+        if self.peephole is None:
+            return Kernel(LSTMEquations(), native="lstm")
+        return Kernel(LSTMEquations(), (self.peephole,))
 
     def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor

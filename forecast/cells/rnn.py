@@ -58,7 +58,7 @@ class RNN(Cell):
         self.activation = ACTIVATIONS[activation]
 
     def kernel(self) -> Kernel:
-        return Kernel(RNNEquations(self.activation))
+        return Kernel(RNNEquations(self.activation), native=f"rnn_{self.activation.name}")
 
     def equations(
         self, projected: Float[Tensor, "B C *space"] | None, state: State, seen: Tensor

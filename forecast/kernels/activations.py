@@ -14,6 +14,7 @@ aten = torch.ops.aten
 class Activation(NamedTuple):
     """A function of single numbers."""
 
+    name: str
     plain: Callable[[Tensor], Tensor]
     in_place: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], None]
@@ -38,6 +39,7 @@ def leaky_relu_backward(gradient: Tensor, result: Tensor, out: Tensor, slope: fl
 
 def _leaky_relu(slope: float) -> Activation:
     return Activation(
+        "leaky_relu",
         partial(F.leaky_relu, negative_slope=slope),
         partial(F.leaky_relu_, negative_slope=slope),
         partial(leaky_relu_backward, slope=slope),
@@ -45,7 +47,7 @@ def _leaky_relu(slope: float) -> Activation:
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    "tanh": Activation(torch.tanh, torch.tanh_, tanh_backward),
-    "relu": Activation(torch.relu, torch.relu_, relu_backward),
+    "tanh": Activation("tanh", torch.tanh, torch.tanh_, tanh_backward),
+    "relu": Activation("relu", torch.relu, torch.relu_, relu_backward),
     "leaky_relu": _leaky_relu(0.2),
 }

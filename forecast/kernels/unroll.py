@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from forecast.errors import UserError
+from forecast.kernels import native
 from forecast.kernels.maps import mapped, to_bias, to_input, to_weight
 
 States = tuple[Tensor, ...]
@@ -82,6 +83,8 @@ class Kernel(NamedTuple):
     equations: Equations
     own: States = ()
     """Weights of its own, beside those of its two maps."""
+    native: str | None = None
+    """The function of torch that has the same equations for vectors."""
 
 
 class Maps(NamedTuple):
@@ -122,6 +125,9 @@ def unroll(
         x, h = None if x is None else x.to(low), h.to(low)
         maps = maps.to(low)
         others = [one.float() for one in others]
+    if x is not None and h.dim() == 2 and not again and kernel.native and native.quicker(kernel.native, x, h):
+        with torch.autocast(device, enabled=False):
+            return native.unroll(kernel.native, maps, x, (h, *others))
     given = (x, *maps, h, *others, *kernel.own)
     wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
     with torch.autocast(device, enabled=False):
@@ -150,12 +156,12 @@ class _Unrolled(torch.autograd.Function):
         state, own = rest[:states], rest[states:]
         h = state[0]
         # What the map of each step reads: h, and with it x where that is quicker. Time first: a step's frames lie together.
-        joined = 0
-        if x is not None and input_weight is not None and _join(equations, weight, input_weight):
-            joined, weight, input_weight = x.shape[2], torch.cat([input_weight, weight], dim=1), None
+        joined = _joined(equations, weight, input_weight)
+        if joined and input_weight is not None:
+            weight, input_weight = torch.cat([input_weight, weight], dim=1), None
         seen = _room(h, steps + 1, joined + h.shape[1])
         frames = None
-        if joined:
+        if x is not None and joined:
             seen[:-1, :, :joined] = x.transpose(0, 1)
         elif x is not None:
             frames = x.transpose(0, 1).reshape(-1, *x.shape[2:])
@@ -187,7 +193,6 @@ class _Unrolled(torch.autograd.Function):
         own = tuple(saved[ctx.others : ctx.others + ctx.own])
         history = seen[:, :, joined:], *saved[: ctx.others]
         befores, afters = tuple(one[:-1] for one in history), tuple(one[1:] for one in history)
-        flat_before, flat_after = (tuple(one.flatten(0, 1) for one in part) for part in (befores, afters))
         flat_seen = seen[:-1].flatten(0, 1)
         h = history[0][0]
         if ctx.keeps:
@@ -199,8 +204,9 @@ class _Unrolled(torch.autograd.Function):
         else:
             gates = _input_share(frames, input_weight, input_bias, h, steps, weight)
             kept = _room(h, steps, equations.kept * h.shape[1])
-            recurrent, scratch = mapped(flat_seen, weight, bias), tuple(torch.empty_like(one) for one in flat_before)
-            _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), flat_before, scratch, own)
+            before, recurrent = _flat(befores), mapped(flat_seen, weight, bias)
+            scratch = tuple(torch.empty_like(one) for one in before)
+            _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), before, scratch, own)
         through = gates if equations.shared else _room(h, steps, weight.shape[0])
         needs_x, needs_weight, needs_bias, needs_input_weight, needs_input_bias, needs_h = ctx.needs_input_grad[5:11]
         d_x = _room(h, steps, joined).transpose(0, 1) if joined and needs_x else None
@@ -229,15 +235,16 @@ class _Unrolled(torch.autograd.Function):
             if needs_input_bias:
                 d_input_bias = to_bias(d_gates)
         d_bias = to_bias(d_recurrent) if needs_bias else None
-        d_own = equations.own(d_gates, flat_before, flat_after) if own else ()
+        d_own = equations.own(d_gates, _flat(befores), _flat(afters)) if own else ()
         return *(None,) * 5, d_x, d_weight, d_bias, d_input_weight, d_input_bias, *state, *d_own
 
 
-def _join(equations: Equations, weight: Tensor, input_weight: Tensor) -> bool:
-    """Whether x and h go through one map: it is quicker where that is fewer of the blocks in which channels are taken."""
+def _joined(equations: Equations, weight: Tensor, input_weight: Tensor | None) -> int:
+    """The channels of x if it goes through one map with h, which is quicker where it is fewer blocks of channels; else 0."""
+    if input_weight is None or not equations.shared or input_weight.shape[2:] != weight.shape[2:]:
+        return 0
     x, h = input_weight.shape[1], weight.shape[1]
-    fewer = -(-(x + h) // BLOCK) < -(-x // BLOCK) - (-h // BLOCK)
-    return equations.shared and fewer and input_weight.shape[2:] == weight.shape[2:]
+    return x if -(-(x + h) // BLOCK) < -(-x // BLOCK) - (-h // BLOCK) else 0
 
 
 def _step(
@@ -256,6 +263,11 @@ def _step(
     elif frames is None:
         gates.zero_()
     equations.forward(gates, None if equations.shared else recurrent, kept, before, after, own)
+
+
+def _flat(states: States) -> States:
+    """T B C *space -> T B together."""
+    return tuple(one.flatten(0, 1) for one in states)
 
 
 def _room(like: Tensor, steps: int, channels: int) -> Tensor:
