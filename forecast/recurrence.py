@@ -36,9 +36,11 @@ def unroll(
     Returns:
         The hidden state after each step, and the state after the last.
     """
+    # The gradient of each projected[:, t] would be as large as that of all; of what is unbound it is as large as its part.
+    shares: Sequence[Tensor | None] = [None] * steps if projected is None else projected.unbind(1)
     outputs = []
-    for t in range(steps):
-        state = cell.step(None if projected is None else projected[:, t], state)
+    for share in shares:
+        state = cell.step(share, state)
         outputs.append(state[0])
     return torch.stack(outputs, dim=1), state
 

@@ -17,7 +17,8 @@ D H W.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from math import isqrt
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -185,58 +186,119 @@ class _Unrolled(torch.autograd.Function):
         return history[0][1:].transpose(0, 1), *(one[steps % len(one)].clone() for one in history)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, outputs: Tensor, *last: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise UserError("The fast unroll has no gradients of gradients; set backend=reference.")
         frames, weight, bias, input_weight, input_bias, seen, *saved = ctx.saved_tensors
-        equations, steps, joined = ctx.equations, ctx.steps, ctx.joined
-        own = tuple(saved[ctx.others : ctx.others + ctx.own])
-        history = seen[:, :, joined:], *saved[: ctx.others]
-        befores, afters = tuple(one[:-1] for one in history), tuple(one[1:] for one in history)
-        flat_seen = seen[:-1].flatten(0, 1)
-        h = history[0][0]
+        maps = Maps(weight, bias, input_weight, input_bias)
+        others, own = saved[: ctx.others], tuple(saved[ctx.others : ctx.others + ctx.own])
+        steps, length = ctx.steps, ctx.steps
         if ctx.keeps:
             # They are overwritten by their gradients; should one ask for gradients again, they are made anew.
-            gates, kept = (one.data for one in saved[-2:])
-            ctx.keeps = False
-        elif equations.from_states:
-            gates, kept = _room(h, steps, weight.shape[0]), _room(h, steps, 0)
+            made, ctx.keeps = tuple(one.data for one in saved[-2:]), False
         else:
-            gates = _input_share(frames, input_weight, input_bias, h, steps, weight)
-            kept = _room(h, steps, equations.kept * h.shape[1])
-            before, recurrent = _flat(befores), mapped(flat_seen, weight, bias)
-            scratch = tuple(torch.empty_like(one) for one in before)
-            _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), before, scratch, own)
-        through = gates if equations.shared else _room(h, steps, weight.shape[0])
-        needs_x, needs_weight, needs_bias, needs_input_weight, needs_input_bias, needs_h = ctx.needs_input_grad[5:11]
-        d_x = _room(h, steps, joined).transpose(0, 1) if joined and needs_x else None
-        outputs, *last = gradients
+            made = None
+            # Gates are made for some steps at a time, so that those of all steps are never there at once.
+            length = isqrt(steps - 1) + 1
         state = tuple(one.clone() for one in last)
-        for t in reversed(range(steps)):
-            before, after = (tuple(one[t] for one in part) for part in (befores, afters))
-            state[0].add_(outputs[:, t])
-            equations.backward(gates[t], through[t], kept[t], before, after, state, own)
-            if t > 0 or needs_h or d_x is not None:
-                d_seen = to_input(through[t], seen[t], weight)
-                state[0].add_(d_seen[:, joined:])
-                if d_x is not None:
-                    d_x[:, t] = d_seen[:, :joined]
-        d_gates, d_recurrent = gates.flatten(0, 1), through.flatten(0, 1)
-        d_weight = d_input_weight = d_input_bias = None
-        if needs_weight or (joined and needs_input_weight):
-            d_weight = to_weight(d_recurrent, flat_seen, weight)
-        if joined:
-            d_input_weight, d_weight = (None, None) if d_weight is None else d_weight.tensor_split([joined], dim=1)
-        elif frames is not None:
-            if needs_x:
-                d_x = to_input(d_gates, frames, input_weight).unflatten(0, (steps, -1)).transpose(0, 1)
-            if needs_input_weight:
-                d_input_weight = to_weight(d_gates, frames, input_weight)
-            if needs_input_bias:
-                d_input_bias = to_bias(d_gates)
-        d_bias = to_bias(d_recurrent) if needs_bias else None
-        d_own = equations.own(d_gates, _flat(befores), _flat(afters)) if own else ()
-        return *(None,) * 5, d_x, d_weight, d_bias, d_input_weight, d_input_bias, *state, *d_own
+        inputs: list[Tensor | None] = []
+        weights: list[tuple[Tensor | None, ...]] = []
+        for end in range(steps, 0, -length):
+            begin = max(0, end - length)
+            stretch = _Stretch(
+                None if frames is None else frames.unflatten(0, (steps, -1))[begin:end].flatten(0, 1),
+                seen[begin : end + 1],
+                tuple(one[begin : end + 1] for one in others),
+                made,
+                outputs[:, begin:end],
+            )
+            x, *found = _back(ctx.equations, maps, stretch, ctx.joined, own, state, ctx.needs_input_grad[5:10])
+            inputs.insert(0, x)
+            weights.append(tuple(found))
+        d_x = None if inputs[0] is None else torch.cat(cast(list[Tensor], inputs)).transpose(0, 1)
+        sums = [None if parts[0] is None else sum(parts[1:], parts[0]) for parts in zip(*weights, strict=True)]
+        return *(None,) * 5, d_x, *sums[:4], *state, *sums[4:]
+
+
+class _Stretch(NamedTuple):
+    """Some steps of a recurrence, and what is known of them."""
+
+    frames: Tensor | None
+    """Of the input, where it has a map of its own."""
+    seen: Tensor
+    """What the map of each step reads, and what that after the last would."""
+    others: States
+    """The states beside h, before each step and after the last."""
+    made: States | None
+    """The gates, and what was kept beside; None if they are to be made anew."""
+    outputs: Tensor
+    """The gradients of the hidden states after each step, B T C *space."""
+
+
+def _back(
+    equations: Equations,
+    maps: Maps,
+    stretch: _Stretch,
+    joined: int,
+    own: States,
+    state: States,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Goes back through a stretch.
+
+    Args:
+        maps: the recurrent one reads x too where they are `joined`.
+        joined: channels of x in `seen`.
+        state: gradients of the state after the stretch, overwritten by those of the state before it.
+        needs: whether gradients are asked for of x, weight, bias, input weight and input bias.
+
+    Returns:
+        The gradients of x (T B X *space), the four of the maps, and those of the cell's own weights.
+    """
+    frames, seen, others, made, outputs = stretch
+    weight, bias, input_weight, input_bias = maps
+    steps = outputs.shape[1]
+    history = seen[:, :, joined:], *others
+    befores, afters = tuple(one[:-1] for one in history), tuple(one[1:] for one in history)
+    flat_seen = seen[:-1].flatten(0, 1)
+    h = history[0][0]
+    if made is not None:
+        gates, kept = made
+    elif equations.from_states:
+        gates, kept = _room(h, steps, weight.shape[0]), _room(h, steps, 0)
+    else:
+        gates = _input_share(frames, input_weight, input_bias, h, steps, weight)
+        kept = _room(h, steps, equations.kept * h.shape[1])
+        before, recurrent = _flat(befores), mapped(flat_seen, weight, bias)
+        scratch = tuple(torch.empty_like(one) for one in before)
+        _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), before, scratch, own)
+    through = gates if equations.shared else _room(h, steps, weight.shape[0])
+    needs_x, needs_weight, needs_bias, needs_input_weight, needs_input_bias = needs
+    d_x = _room(h, steps, joined) if joined and needs_x else None
+    for t in reversed(range(steps)):
+        before, after = (tuple(one[t] for one in part) for part in (befores, afters))
+        state[0].add_(outputs[:, t])
+        equations.backward(gates[t], through[t], kept[t], before, after, state, own)
+        d_seen = to_input(through[t], seen[t], weight)
+        state[0].add_(d_seen[:, joined:])
+        if d_x is not None:
+            d_x[t] = d_seen[:, :joined]
+    d_gates, d_recurrent = gates.flatten(0, 1), through.flatten(0, 1)
+    d_weight = d_input_weight = d_input_bias = None
+    if needs_weight or (joined and needs_input_weight):
+        d_weight = to_weight(d_recurrent, flat_seen, weight)
+    if joined and d_weight is not None:
+        d_input_weight, d_weight = d_weight.tensor_split([joined], dim=1)
+    if frames is not None and input_weight is not None:
+        if needs_x:
+            d_x = to_input(d_gates, frames, input_weight).unflatten(0, (steps, -1))
+        if needs_input_weight:
+            d_input_weight = to_weight(d_gates, frames, input_weight)
+        if needs_input_bias:
+            d_input_bias = to_bias(d_gates)
+    d_bias = to_bias(d_recurrent) if needs_bias else None
+    d_own = equations.own(d_gates, _flat(befores), _flat(afters)) if own else ()
+    return [d_x, d_weight, d_bias, d_input_weight, d_input_bias, *d_own]
 
 
 def _joined(equations: Equations, weight: Tensor, input_weight: Tensor | None) -> int:
