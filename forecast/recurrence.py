@@ -259,7 +259,7 @@ def use_backend(network: nn.Module, backend: str) -> None:
         elif isinstance(module, Cell) and backend == "fused" and module.fast() is None:
             raise UserError(
                 f"backend=fused, but this {type(module).__name__} has no kernel: there are none with zoneout, dropout or "
-                "norm, for a GRU that resets before its map, and for an ST-LSTM; set backend=auto."
+                "norm, and for an ST-LSTM; set backend=auto."
             )
 
 

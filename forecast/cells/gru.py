@@ -1,6 +1,7 @@
 """Gated recurrent units, for vectors and for fields (ConvGRU), in the three forms that are in use."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
 from forecast.kernels.activations import ACTIVATIONS
-from forecast.kernels.gru import GRUWithoutReset, GRUWithReset
+from forecast.kernels.gru import GRUResetAfter, GRUResetBefore, GRUWithoutReset
 from forecast.kernels.unroll import Kernel
 
 RESETS = ("after", "before", "none")
@@ -85,12 +86,13 @@ class GRU(Cell):
                 norm=norm,
             )
 
-    def kernel(self) -> Kernel | None:
-        if self.reset == "before":
-            return None
+    def kernel(self) -> Kernel:
+        if self.candidate_map is not None:
+            weights = cast(nn.Linear, self.candidate_map)  # or a ConvNd
+            return Kernel(GRUResetBefore(self.activation), (weights.weight, weights.bias))
         if self.reset == "none":
             return Kernel(GRUWithoutReset(self.activation))
-        return Kernel(GRUWithReset(self.activation), native="gru" if self.activation.name == "tanh" else None)
+        return Kernel(GRUResetAfter(self.activation), native="gru" if self.activation.name == "tanh" else None)
 
     def equations(
         self, projected: Float[Tensor, "B GC *space"] | None, state: State, seen: Tensor

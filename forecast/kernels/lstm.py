@@ -58,7 +58,7 @@ class LSTMEquations(Equations):
             dc.addcmul_(peepholes[0], i).addcmul_(peepholes[1], f)
         dh.zero_()
 
-    def own(self, gates: Tensor, before: States, after: States) -> States:
+    def own(self, gates: Tensor, kept: Tensor, before: States, after: States, own: States) -> States:
         i, f, _, o = gates.chunk(4, dim=1)
         seen = zip((i, f, o), (before[1], before[1], after[1]), strict=True)
         return (torch.stack([to_bias(gate * c) for gate, c in seen]),)

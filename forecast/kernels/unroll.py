@@ -39,6 +39,8 @@ class Equations(ABC):
     """Maps of C channels that the gradients need beside the gates and the states."""
     shared: ClassVar[bool] = True
     """Whether the input's and the state's share of the gates are added before anything else happens to them."""
+    beyond: ClassVar[int] = 0
+    """Gates, of C channels each, that W_h gives nothing to."""
     from_states: ClassVar[bool] = False
     """Whether the gradients need the states alone, and not the gates."""
 
@@ -73,8 +75,8 @@ class Equations(ABC):
                 through W_h.
         """
 
-    def own(self, gates: Tensor, before: States, after: States) -> States:
-        """The gradients of the cell's own weights, from those of the gates of all frames."""
+    def own(self, gates: Tensor, kept: Tensor, before: States, after: States, own: States) -> States:
+        """The gradients of the cell's own weights, from those of the gates of many frames."""
         return ()
 
 
@@ -168,7 +170,7 @@ class _Unrolled(torch.autograd.Function):
             frames = x.transpose(0, 1).reshape(-1, *x.shape[2:])
         # What nobody reads again has room for one step alone; of a state, for that before and that after.
         keeps = wanted and not again and not equations.from_states
-        gates = _input_share(frames, input_weight, input_bias, h, steps if keeps else 1, weight)
+        gates = _input_share(equations, frames, input_weight, input_bias, h, steps if keeps else 1, weight)
         kept = _room(h, steps if keeps else 1, equations.kept * h.shape[1])
         others = [_room(one, steps + 1 if wanted else 2, one.shape[1]) for one in state[1:]]
         history = seen[:, :, joined:], *others
@@ -267,7 +269,7 @@ def _back(
     elif equations.from_states:
         gates, kept = _room(h, steps, weight.shape[0]), _room(h, steps, 0)
     else:
-        gates = _input_share(frames, input_weight, input_bias, h, steps, weight)
+        gates = _input_share(equations, frames, input_weight, input_bias, h, steps, weight)
         kept = _room(h, steps, equations.kept * h.shape[1])
         before, recurrent = _flat(befores), mapped(flat_seen, weight, bias)
         scratch = tuple(torch.empty_like(one) for one in before)
@@ -297,7 +299,7 @@ def _back(
         if needs_input_bias:
             d_input_bias = to_bias(d_gates)
     d_bias = to_bias(d_recurrent) if needs_bias else None
-    d_own = equations.own(d_gates, _flat(befores), _flat(afters)) if own else ()
+    d_own = equations.own(d_gates, kept.flatten(0, 1), _flat(befores), _flat(afters), own) if own else ()
     return [d_x, d_weight, d_bias, d_input_weight, d_input_bias, *d_own]
 
 
@@ -338,9 +340,15 @@ def _room(like: Tensor, steps: int, channels: int) -> Tensor:
 
 
 def _input_share(
-    frames: Tensor | None, weight: Tensor | None, bias: Tensor | None, h: Tensor, steps: int, recurrent: Tensor
+    equations: Equations,
+    frames: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor,
+    steps: int,
+    recurrent: Tensor,
 ) -> Tensor:
     """The input's share of the gates of all steps, T B GC *space; without one, room for theirs."""
     if frames is None or weight is None:
-        return _room(h, steps, recurrent.shape[0])
+        return _room(h, steps, recurrent.shape[0] + equations.beyond * h.shape[1])
     return mapped(frames, weight, bias).unflatten(0, (-1, h.shape[0]))
