@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pysteps is built from source: without a C compiler the tests that compare with it are skipped.
 EXTRA := $(if $(shell command -v cc 2>/dev/null),dev,test)
 
-.PHONY: help train test test-slow check format bench clean
+.PHONY: help train test test-slow check format bench bench-gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -28,9 +28,14 @@ format: $(VENV)/test  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/test  ## what the scores cost, and what backpropagation through time keeps: minutes
+bench: $(VENV)/test  ## what scores, gradients in time, data and recurrences cost: minutes; PEERS=folder with checkouts
 	$(BIN)/python benchmarks/scores.py $(ARGS)
 	$(BIN)/python benchmarks/tbptt.py
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python -m benchmarks.recurrences $(if $(PEERS),--peers "$(PEERS)")
+
+bench-gpu: $(VENV)/test  ## what recurrences cost on a CUDA device; PEERS=folder with checkouts
+	$(BIN)/python -m benchmarks.recurrences --device cuda $(if $(PEERS),--peers "$(PEERS)")
 
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -137,8 +137,8 @@ class OccludedDigitsData(MovingDigitsData):
         most = max(0, past - -(-digit_size // speed))
         if not 0 <= hidden <= most:
             raise UserError(
-                f"data.hidden is {hidden}, but of data.past={past} frames the digit needs {-(-digit_size // speed)} to go behind "
-                f"the bar; take 0 to {most}."
+                f"data.hidden is {hidden}, but of data.past={past} frames the digit needs {-(-digit_size // speed)} to go "
+                f"behind the bar; take 0 to {most}."
             )
         self.hidden = hidden
         self.pace = speed

@@ -20,6 +20,7 @@ from datamodules.cutting import Crop, RadarStreams, RadarWindows, cropped
 from datamodules.frames import FrameData, Split
 from datamodules.reader import Archive, open_archive
 from datamodules.statistics import fingerprint, statistics_of
+from datamodules.unpacked import unpack
 from datamodules.windows import (
     RAINY,
     Interval,
@@ -69,6 +70,8 @@ class RadarData(FrameData):
         crop_draws: places drawn for each of those, of which the wettest is taken; 1 is none but chance.
         eval_crop: the same for validation and test, in the middle of the frame.
         static: variables of the archive over y and x alone, given to the network standardised.
+        cache: unpack the frames once into a file in the user's cache, and cut windows from there; false cuts them from
+            the archive, which takes longer and no room.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class RadarData(FrameData):
         crop_draws: int = 1,
         eval_crop: int | None = None,
         static: Sequence[str] = (),
+        cache: bool = True,
     ) -> None:
         super().__init__(past, future, batch_size, workers, seed, after)
         if not archive:
@@ -131,12 +135,20 @@ class RadarData(FrameData):
         }
         self.static = tuple(static)
         self.static_channels = len(self.static)
+        self.cache = cache
         self._windows: dict[Split, RadarWindows] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the archives, check that they fit together, and lay out the splits; once, whatever the stage."""
-        if self._windows:
-            return
+        """Open the archives, check that they fit together, and lay out the splits; for a stage, unpack their frames."""
+        if not self._windows:
+            self._lay_out()
+        if stage is not None and self.cache:
+            own = next(iter(self._windows.values()))
+            for archive, known, fields in zip(own.archives, self._known, own.fields, strict=True):
+                if archive.unpacked is None:
+                    unpack(archive, fingerprint([archive], [known], [fields[:0]]))
+
+    def _lay_out(self) -> None:
         archives = [open_archive(path, self.variable) for path in self.paths]
         self.cadence = self._cadence(archives)
         self.quantity = self._quantity(archives, self.cadence)

@@ -49,6 +49,8 @@ class Archive:
         """T seconds UTC."""
         self.chunks = chunks
         """T H W of the pieces that can be unpacked on their own; 1 where the file has none."""
+        self.unpacked: Path | None = None
+        """A file of the same packed numbers, T H W in C order, that is read instead."""
         self._dims = dims
         self._packing = packing
         self._opened: xr.Dataset | None = None
@@ -56,9 +58,11 @@ class Archive:
     def read(self, frames: slice, rows: slice = EVERYTHING, columns: slice = EVERYTHING) -> Packed:
         """Packed frames, T H W; a missing pixel is `quantity.missing`, or NaN where the numbers are floats.
 
-        Nothing is kept here: the HDF5 library holds the chunks unpacked last (64 MiB), so that windows which overlap
-        cost little.
+        Nothing is kept here. Of the archive itself the HDF5 library holds the chunks unpacked last (64 MiB), so that
+        windows which overlap cost little; Zarr holds none.
         """
+        if self.unpacked is not None:
+            return self._read_unpacked(self.unpacked, (frames, rows, columns))
         try:
             if self._opened is None:
                 self._opened = open_raw(self.path)
@@ -79,6 +83,17 @@ class Archive:
         for other in others:
             packed[other] = one
         return packed
+
+    def _read_unpacked(self, path: Path, part: tuple[slice, slice, slice]) -> Packed:
+        try:
+            # Mapped anew at each time: a map that is kept counts all the pixels it ever showed as memory of the process.
+            mapped: Packed = np.asarray(np.memmap(path, self.dtype, "r", shape=(len(self.times), *self.grid.size)))
+            return mapped[part]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The unpacked frames of {self.path} in {path} cannot be read ({error}); leave them there while a run goes "
+                "on, or set data.cache=false."
+            ) from error
 
     def valid(self, packed: Packed) -> NDArray[np.bool_]:
         """Which of the packed numbers were observed."""

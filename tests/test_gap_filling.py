@@ -101,7 +101,9 @@ def test_digits_have_gaps_too_and_their_oracle_knows_what_is_in_them(kind: Any) 
     small: dict[str, Any] = {**GIVEN, "train": 6, "validation": 2, "test": 5}
     data = kind(**small, **({"hidden": 1, "speed": 4} if kind is OccludedDigitsData else {}))
     data.setup()
-    whole = kind(**{**small, "future": S + A, "after": 0}, **({"hidden": 1, "speed": 4} if kind is OccludedDigitsData else {}))
+    whole = kind(
+        **{**small, "future": S + A, "after": 0}, **({"hidden": 1, "speed": 4} if kind is OccludedDigitsData else {})
+    )
     whole.setup()
     frames, longer = decoded(data, "test", (0, 3)), decoded(whole, "test", (0, 3))
     assert torch.equal(frames.past, torch.cat([longer.past, longer.truth[:, S:]], dim=1))

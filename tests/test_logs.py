@@ -31,6 +31,7 @@ TRAINING = {
     "gradient/clipped_share",
     "optimizer/lr",
     "speed/samples_per_second",
+    "speed/waiting_for_data",
     "memory/process_gb",
 }
 VALIDATION = {
@@ -192,9 +193,17 @@ class Draws(NamedTuple):
 
 
 class Clock:
-    """A training step takes one second, a validation step a hundred, and a checkpoint ten."""
+    """A batch takes a quarter of a second to come, a second to train on, a hundred to validate; a checkpoint takes ten."""
 
     now = 0.0
+
+
+class Slow(list[Draws]):
+    """Batches that take their time to come."""
+
+    def __getitem__(self, index: Any) -> Any:
+        Clock.now += 0.25
+        return super().__getitem__(index)
 
 
 class Line(pl.LightningModule):
@@ -243,7 +252,7 @@ def fit(folder: Path, killed_at: int | None = None, ckpt_path: str | None = None
         enable_model_summary=False,
     )
     # Four samples in a batch, of which one is padding.
-    loader = DataLoader([Draws(torch.tensor([0, 1, 2, -1]))] * 8, batch_size=None)
+    loader = DataLoader(Slow([Draws(torch.tensor([0, 1, 2, -1]))] * 8), batch_size=None)
     sleep(1)  # files of events are read in the order of the seconds in their names
     for logger in trainer.loggers:
         logger.log_hyperparams({"rate": 1})
@@ -280,13 +289,37 @@ def test_gauges_stand_in_the_rows_of_the_loss(straight: Path) -> None:
     logged = [2, 5, 8, 11, 14]
     assert sorted(rows) == sorted({*logged, 3, 7, 11, 15, 16})
     for step, row in rows.items():
-        names = {"train/loss", "optimizer/lr", "speed/samples_per_second"} if step in logged else set()
+        speed = {"speed/samples_per_second", "speed/waiting_for_data"}
+        names = {"train/loss", "optimizer/lr", *speed} if step in logged else set()
         names |= {"validation/loss"} if step % 4 == 3 else {"test/loss"} if step == 16 else set()
         assert {*row} - {"epoch"} == names, step
     # The rate with which that very step was taken.
     assert [rows[step]["optimizer/lr"] for step in logged] == pytest.approx([1 / (3 + step) for step in logged])
-    # Three samples a batch, a second each, whatever validations and checkpoints take.
-    assert [rows[step]["speed/samples_per_second"] for step in logged] == pytest.approx([3.0] * len(logged))
+    # Three samples a batch, one and a quarter seconds each, whatever validations and checkpoints take.
+    assert [rows[step]["speed/samples_per_second"] for step in logged] == pytest.approx([2.4] * len(logged))
+    assert [rows[step]["speed/waiting_for_data"] for step in logged] == pytest.approx([0.2] * len(logged))
+
+
+def test_a_validation_inside_an_epoch_is_no_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gauges, "monotonic", lambda: Clock.now)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=MetricsFile(str(tmp_path / "metrics.csv")),
+        callbacks=[Gauges()],
+        log_every_n_steps=8,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(Slow([Draws(torch.tensor([0, 1, 2, -1]))] * 8), batch_size=None)
+    trainer.fit(Line(), loader, loader)
+    row = rows_of(tmp_path)[7]
+    # Eight batches are trained on, of which that after the validation came unwatched.
+    assert row["speed/samples_per_second"] == pytest.approx(24 / (8 + 7 / 4))
+    assert row["speed/waiting_for_data"] == pytest.approx(7 / 4 / (8 + 7 / 4))
 
 
 @pytest.mark.parametrize("killed_at", [10, 13])

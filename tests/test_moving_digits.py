@@ -15,17 +15,23 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from datamodules.frames import SPLITS, Split
-from datamodules.moving_digits import FRAMES, MovingDigits, MovingDigitsData, bounce
+from datamodules.moving_digits import FRAMES, MovingDigits, MovingDigitsData
 from datamodules.sampler import PADDING, Draw
+from datamodules.scenes import bounce, tight
 from forecast.batch import Batch
 from forecast.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (7, 5, 5), dtype=np.uint8)
+MARGINS = IMAGES.copy()  # as digits have them: no two alike, one image empty
+for image, (rows, columns) in enumerate([(0, 2), (1, 1), (2, 0), (3, 1), (0, 1), (1, 2), (5, 5)]):
+    MARGINS[image, :rows] = MARGINS[image, rows + 3 :] = 0
+    MARGINS[image, :, :columns] = MARGINS[image, :, columns + 3 :] = 0
 
 
 def moving(**options: Any) -> MovingDigits:
     settings = {"past": 3, "future": 4, "size": (12, 12), "digits": 2, "speed": (2.0, 4.0), "seed": 0, "split": "train"}
-    return MovingDigits(IMAGES, options.pop("sequences", 9), **{**settings, "fresh": True, **options})
+    images, sequences = options.pop("images", IMAGES), options.pop("sequences", 9)
+    return MovingDigits(images, sequences, **{**settings, "fresh": True, **options})
 
 
 def digits_data(**options: Any) -> MovingDigitsData:
@@ -93,14 +99,31 @@ def test_bounce_reflects_at_both_walls() -> None:
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 50),
     split=st.sampled_from(SPLITS),
+    images=st.sampled_from([IMAGES, MARGINS, MARGINS[:3], MARGINS[6:]]),
 )
 def test_frames_are_those_of_the_naive_loop(
-    size: int, digits: int, speed: tuple[float, float], seed: int, epoch: int, split: Split
+    size: int,
+    digits: int,
+    speed: tuple[float, float],
+    seed: int,
+    epoch: int,
+    split: Split,
+    images: NDArray[np.uint8],
 ) -> None:
-    sequences = moving(size=(size, size), digits=digits, speed=speed, seed=seed, split=split)
+    sequences = moving(images=images, size=(size, size), digits=digits, speed=speed, seed=seed, split=split)
     batch = sequences[Draw(epoch, (5, 0, 8))]
     expected = np.stack([naive(sequences, epoch, position, 7) for position in (5, 0, 8)])
     assert np.array_equal(frames_of(batch).numpy(), expected)
+
+
+def test_images_lose_empty_rows_and_columns_and_no_pixel() -> None:
+    shown = tight(MARGINS[:6])
+    assert shown.images.shape == (6, 3, 3)
+    for image, small, (y, x) in zip(MARGINS, shown.images, shown.corner, strict=False):
+        again = np.zeros_like(image)
+        again[y : y + 3, x : x + 3] = small
+        assert np.array_equal(again, image)
+    assert tight(MARGINS).images.shape == (7, 5, 5)  # what is empty is kept whole, and so all are
 
 
 def test_a_batch_is_what_the_contract_says() -> None:
@@ -127,6 +150,10 @@ def test_a_sample_depends_on_seed_split_epoch_and_position_alone() -> None:
         moving()[Draw(3, (5,))],
     ]
     assert not any(torch.equal(frames_of(other)[0], alone) for other in others)
+    turned = moving()
+    for epoch in (3, 2, 3):
+        again = turned[Draw(epoch, (4,))]
+    assert torch.equal(frames_of(again)[0], alone)
     fixed = moving(fresh=False)
     assert torch.equal(frames_of(fixed[Draw(3, (4,))]), frames_of(fixed[Draw(0, (4,))]))
 
