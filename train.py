@@ -45,6 +45,7 @@ from forecast.forecaster import Forecaster, NetworkForecaster, check_given
 from forecast.logs import WandB
 from forecast.losses import Loss
 from forecast.module import NowcastModule, OptimizerFactory, SchedulerFactory, horizon
+from forecast.precision import allow_tf32
 from forecast.recurrence import use_backend
 from forecast.scoring import scoring_of
 from forecast.tbptt import TruncatedBPTT
@@ -128,6 +129,7 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
 def train(cfg: DictConfig) -> float | None:
     """One run, from a checked configuration to its report; the best value of the monitor."""
     keep_freed_memory()
+    allow_tf32(cfg.tf32)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data: FrameData = config.build(cfg.data)
     data.setup()

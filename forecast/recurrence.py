@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
 from forecast.kernels import unroll as fast
+from forecast.kernels.equations import Kernel, Maps
 
 SLOPE = 0.2  # of the leaky ReLU between layers, as HKO-7 has it
 
@@ -70,20 +71,24 @@ def through_time(
     found = None if backend == "reference" or torch.compiler.is_compiling() else cell.fast()
     stretch = recompute if torch.is_grad_enabled() else None
 
-    def part(x: Tensor | None, steps: int, *state: Tensor) -> tuple[Tensor, State]:
-        if found is None:
-            return unroll(cell, cell.project(x), state, steps)
-        return fast.unroll(*found, x, state, steps, again=stretch == 1)
-
-    if stretch is None or (found is not None and stretch == 1):
-        return part(x, steps, *state)
+    again = stretch == 1
+    if stretch is None or (found is not None and again):
+        return _part(cell, found, again, x, steps, *state)
     outputs = []
     for begin in range(0, steps, stretch):
         count = min(stretch, steps - begin)
         own = None if x is None else x[:, begin : begin + count]
-        hidden, state = checkpoint(part, own, count, *state, use_reentrant=False)
+        hidden, state = checkpoint(_part, cell, found, again, own, count, *state, use_reentrant=False)
         outputs.append(hidden)
     return torch.cat(outputs, dim=1), state
+
+
+def _part(
+    cell: Cell, found: tuple[Kernel, Maps] | None, again: bool, x: Tensor | None, steps: int, *state: Tensor
+) -> tuple[Tensor, State]:
+    if found is None:
+        return unroll(cell, cell.project(x), state, steps)
+    return fast.unroll(*found, x, state, steps, again=again)
 
 
 def each_frame(module: nn.Module, x: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Config:
     freeze: list[str] = field(default_factory=list)
     compile: bool = False
     backend: str = "auto"
+    tf32: bool = True
     folder: str = "."
     monitor: Monitor = field(default_factory=Monitor)
     data: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from forecast.cells.regularity import check, normalised, sequence_mask, share_of_each, zone_out
 from forecast.errors import UserError
-from forecast.kernels.unroll import Kernel, Maps
+from forecast.kernels.equations import Kernel, Maps
 
 State = tuple[Tensor, ...]
 """What a cell carries from step to step, each B C *space; state[0] is the hidden state h, its output.

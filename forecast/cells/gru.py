@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from forecast.cells.cell import Cell, Gates, State, linear_map
 from forecast.errors import UserError
 from forecast.kernels.activations import ACTIVATIONS
+from forecast.kernels.equations import Kernel
 from forecast.kernels.gru import GRUResetAfter, GRUResetBefore, GRUWithoutReset
-from forecast.kernels.unroll import Kernel
 
 RESETS = ("after", "before", "none")
 

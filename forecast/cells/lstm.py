@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from forecast.cells.cell import Cell, Gates, State, per_channel
 from forecast.errors import UserError
+from forecast.kernels.equations import Kernel
 from forecast.kernels.lstm import LSTMEquations
-from forecast.kernels.unroll import Kernel
 
 
 class LSTM(Cell):

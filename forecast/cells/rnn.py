@@ -8,8 +8,8 @@ from torch import Tensor
 from forecast.cells.cell import Cell, Gates, State
 from forecast.errors import UserError
 from forecast.kernels.activations import ACTIVATIONS
+from forecast.kernels.equations import Kernel
 from forecast.kernels.rnn import RNNEquations
-from forecast.kernels.unroll import Kernel
 
 CHOICES = ("tanh", "relu")
 

@@ -19,6 +19,8 @@ class Activation(NamedTuple):
     in_place: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor, Tensor], None]
     """Takes the gradient of the result, the result, and where the gradient of what went in is to go."""
+    slope: float | None
+    """Below 0, where it is a straight line on both sides of 0; None for tanh."""
 
 
 def sigmoid_backward(gradient: Tensor, result: Tensor, out: Tensor) -> None:
@@ -43,11 +45,12 @@ def _leaky_relu(slope: float) -> Activation:
         partial(F.leaky_relu, negative_slope=slope),
         partial(F.leaky_relu_, negative_slope=slope),
         partial(leaky_relu_backward, slope=slope),
+        slope,
     )
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    "tanh": Activation("tanh", torch.tanh, torch.tanh_, tanh_backward),
-    "relu": Activation("relu", torch.relu, torch.relu_, relu_backward),
+    "tanh": Activation("tanh", torch.tanh, torch.tanh_, tanh_backward, None),
+    "relu": Activation("relu", torch.relu, torch.relu_, relu_backward, 0.0),
     "leaky_relu": _leaky_relu(0.2),
 }

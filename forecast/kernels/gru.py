@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from forecast.kernels import single_pass
 from forecast.kernels.activations import Activation, sigmoid_backward
+from forecast.kernels.equations import Equations, States, add_shares
 from forecast.kernels.maps import mapped, to_bias, to_input, to_weight
-from forecast.kernels.unroll import Equations, States
 
 
 class GRUWithoutReset(Equations):
@@ -20,9 +21,21 @@ class GRUWithoutReset(Equations):
         self.activation = activation
 
     def forward(
-        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
+        self,
+        projected: Tensor | None,
+        recurrent: Tensor,
+        gates: Tensor,
+        kept: Tensor,
+        before: States,
+        after: States,
+        own: States,
     ) -> None:
         (h,), (h_after,) = before, after
+        if single_pass.available(gates.device):
+            reads, writes = (projected, recurrent, h), (gates, h_after)
+            single_pass.launch("gru_without_reset_forward", gates, reads, writes, SLOPE=self.activation.slope)
+            return
+        add_shares(projected, recurrent, gates)
         z, n = gates.chunk(2, dim=1)
         z.sigmoid_()
         self.activation.in_place(n)
@@ -31,6 +44,10 @@ class GRUWithoutReset(Equations):
     def backward(
         self, gates: Tensor, recurrent: Tensor, kept: Tensor, before: States, after: States, state: States, own: States
     ) -> None:
+        if single_pass.available(gates.device):
+            writes = gates, state[0]
+            single_pass.launch("gru_without_reset_backward", gates, before, writes, SLOPE=self.activation.slope)
+            return
         z, n = gates.chunk(2, dim=1)
         _open(z, n, before[0], state[0], self.activation)
 
@@ -45,20 +62,40 @@ class GRUResetAfter(Equations):
         self.activation = activation
 
     def forward(
-        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
+        self,
+        projected: Tensor | None,
+        recurrent: Tensor,
+        gates: Tensor,
+        kept: Tensor,
+        before: States,
+        after: States,
+        own: States,
     ) -> None:
         (h,), (h_after,) = before, after
+        if single_pass.available(gates.device):
+            reads, writes = (projected, recurrent, h), (gates, kept, h_after)
+            single_pass.launch("gru_with_reset_forward", gates, reads, writes, SLOPE=self.activation.slope)
+            return
         C = h.shape[1]
-        assert recurrent is not None
-        kept.copy_(recurrent.narrow(1, 2 * C, C))
-        gates.narrow(1, 0, 2 * C).add_(recurrent.narrow(1, 0, 2 * C)).sigmoid_()
         r, z, n = gates.chunk(3, dim=1)
-        self.activation.in_place(n.addcmul_(r, kept))
+        open_shares, candidate_share = recurrent.split([2 * C, C], dim=1)
+        kept.copy_(candidate_share)
+        if projected is None:
+            gates.narrow(1, 0, 2 * C).copy_(open_shares).sigmoid_()
+            torch.mul(r, kept, out=n)
+        else:
+            torch.add(projected.narrow(1, 0, 2 * C), open_shares, out=gates.narrow(1, 0, 2 * C)).sigmoid_()
+            torch.addcmul(projected.narrow(1, 2 * C, C), r, kept, out=n)
+        self.activation.in_place(n)
         torch.sub(h, n, out=h_after).mul_(z).add_(n)
 
     def backward(
         self, gates: Tensor, recurrent: Tensor, kept: Tensor, before: States, after: States, state: States, own: States
     ) -> None:
+        if single_pass.available(gates.device):
+            reads, writes = (before[0], kept), (gates, recurrent, state[0])
+            single_pass.launch("gru_with_reset_backward", gates, reads, writes, SLOPE=self.activation.slope)
+            return
         C = kept.shape[1]
         r, z, n = gates.chunk(3, dim=1)
         _open(z, n, before[0], state[0], self.activation)
@@ -78,14 +115,24 @@ class GRUResetBefore(Equations):
         self.activation = activation
 
     def forward(
-        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
+        self,
+        projected: Tensor | None,
+        recurrent: Tensor,
+        gates: Tensor,
+        kept: Tensor,
+        before: States,
+        after: States,
+        own: States,
     ) -> None:
-        assert recurrent is not None
         (h,), (h_after,) = before, after
-        gates.narrow(1, 0, 2 * h.shape[1]).add_(recurrent).sigmoid_()
+        C = h.shape[1]
+        open_x, candidate_x = (None, None) if projected is None else projected.split([2 * C, C], dim=1)
+        add_shares(open_x, recurrent, gates.narrow(1, 0, 2 * C))
+        gates.narrow(1, 0, 2 * C).sigmoid_()
         r, z, n = gates.chunk(3, dim=1)
         torch.mul(r, h, out=kept)
-        self.activation.in_place(n.add_(mapped(kept, *(one.to(kept.dtype) for one in own))))
+        add_shares(candidate_x, mapped(kept, *(one.to(kept.dtype) for one in own)), n)
+        self.activation.in_place(n)
         torch.sub(h, n, out=h_after).mul_(z).add_(n)
 
     def backward(

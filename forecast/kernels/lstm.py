@@ -8,18 +8,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from forecast.kernels import single_pass
 from forecast.kernels.activations import sigmoid_backward, tanh_backward
+from forecast.kernels.equations import Equations, States, add_shares
 from forecast.kernels.maps import to_bias
-from forecast.kernels.unroll import Equations, States
 
 
 class LSTMEquations(Equations):
     """Gates i, f, g, o; state h, c; own weights: those of the peepholes (w_ci, w_cf, w_co), where there are some."""
 
     def forward(
-        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
+        self,
+        projected: Tensor | None,
+        recurrent: Tensor,
+        gates: Tensor,
+        kept: Tensor,
+        before: States,
+        after: States,
+        own: States,
     ) -> None:
         c, (h_after, c_after) = before[1], after
+        if single_pass.available(gates.device):
+            writes = gates, h_after, c_after
+            single_pass.launch("lstm_forward", gates, (projected, recurrent, c), writes, own or (None,))
+            return
+        add_shares(projected, recurrent, gates)
         i, f, g, o = gates.chunk(4, dim=1)
         peepholes = _peepholes(own, c)
         if peepholes:
@@ -38,6 +51,9 @@ class LSTMEquations(Equations):
     ) -> None:
         c, c_after = before[1], after[1]
         dh, dc = state
+        if single_pass.available(gates.device):
+            single_pass.launch("lstm_backward", gates, (c, c_after), (gates, dh, dc), own or (None,))
+            return
         i, f, g, o = gates.chunk(4, dim=1)
         peepholes = _peepholes(own, c)
         opened = torch.tanh(c_after)

@@ -15,92 +15,19 @@ Axes: B batch, T time, N frames (B of one step, or T B of all), C hidden channel
 D H W.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import isqrt
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from forecast.errors import UserError
 from forecast.kernels import native
+from forecast.kernels.equations import Equations, Kernel, Maps, States
 from forecast.kernels.maps import mapped, to_bias, to_input, to_weight
 
-States = tuple[Tensor, ...]
-
 BLOCK = 16  # channels, of oneDNN's convolutions with 512-bit vectors and of tensor cores in half precision
-
-
-class Equations(ABC):
-    """A cell's equations and their gradients, in place, for any number of frames at once."""
-
-    kept: ClassVar[int] = 0
-    """Maps of C channels that the gradients need beside the gates and the states."""
-    shared: ClassVar[bool] = True
-    """Whether the input's and the state's share of the gates are added before anything else happens to them."""
-    beyond: ClassVar[int] = 0
-    """Gates, of C channels each, that W_h gives nothing to."""
-    from_states: ClassVar[bool] = False
-    """Whether the gradients need the states alone, and not the gates."""
-
-    @abstractmethod
-    def forward(
-        self, gates: Tensor, recurrent: Tensor | None, kept: Tensor, before: States, after: States, own: States
-    ) -> None:
-        """One step.
-
-        Args:
-            gates: N GC *space before they open, the input's share alone unless they are `shared`; overwritten by how far
-                they opened.
-            recurrent: W_h * h + b, may be overwritten; None where the gates are `shared`.
-            kept: N (kept C) *space; where goes what the gradients need beside.
-            before: the state before the step, N C *space each.
-            after: where the state after it goes.
-            own: the cell's own weights.
-        """
-
-    @abstractmethod
-    def backward(
-        self, gates: Tensor, recurrent: Tensor, kept: Tensor, before: States, after: States, state: States, own: States
-    ) -> None:
-        """The gradients of a step.
-
-        Args:
-            gates: as `forward` left them, overwritten by the gradient of what it was given. Where gradients come
-                `from_states` there is nothing in them yet.
-            recurrent: where the gradient of W_h * h + b goes; the same tensor as `gates` where they are `shared`.
-            kept, before, after, own: as `forward` left them.
-            state: gradients of the state after the step, overwritten by those of the state before it, without what comes
-                through W_h.
-        """
-
-    def own(self, gates: Tensor, kept: Tensor, before: States, after: States, own: States) -> States:
-        """The gradients of the cell's own weights, from those of the gates of many frames."""
-        return ()
-
-
-class Kernel(NamedTuple):
-    """What a cell is to the fast unroll."""
-
-    equations: Equations
-    own: States = ()
-    """Weights of its own, beside those of its two maps."""
-    native: str | None = None
-    """The function of torch that has the same equations for vectors."""
-
-
-class Maps(NamedTuple):
-    """The weights of a cell's two maps."""
-
-    weight: Tensor
-    bias: Tensor | None
-    input_weight: Tensor | None = None
-    input_bias: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> "Maps":
-        bias, input_weight, input_bias = (None if one is None else one.to(dtype) for one in self[1:])
-        return Maps(self.weight.to(dtype), bias, input_weight, input_bias)
 
 
 def unroll(
@@ -162,12 +89,14 @@ class _Unrolled(torch.autograd.Function):
         joined = _joined(equations, weight, input_weight)
         if joined and input_weight is not None:
             weight, input_weight = torch.cat([input_weight, weight], dim=1), None
+        weight = _laid(weight)
         seen = _room(h, steps + 1, joined + h.shape[1])
         frames = None
         if x is not None and joined:
             seen[:-1, :, :joined] = x.transpose(0, 1)
         elif x is not None:
-            frames = x.transpose(0, 1).reshape(-1, *x.shape[2:])
+            frames = _laid(x.transpose(0, 1).reshape(-1, *x.shape[2:]))
+            input_weight = None if input_weight is None else _laid(input_weight)
         # What nobody reads again has room for one step alone; of a state, for that before and that after.
         keeps = wanted and not again and not equations.from_states
         gates = _input_share(equations, frames, input_weight, input_bias, h, steps if keeps else 1, weight)
@@ -178,8 +107,9 @@ class _Unrolled(torch.autograd.Function):
             one[0] = first
         for t in range(steps):
             before, after = (tuple(one[s % len(one)] for one in history) for s in (t, t + 1))
-            recurrent = mapped(seen[t], weight, bias)
-            _step(equations, gates[t % len(gates)], frames, recurrent, kept[t % len(kept)], before, after, own)
+            recurrent, opened = mapped(seen[t], weight, bias), gates[t % len(gates)]
+            projected = None if frames is None else opened
+            equations.forward(projected, recurrent, opened, kept[t % len(kept)], before, after, own)
         if wanted:
             made = (gates, kept) if keeps else ()
             ctx.save_for_backward(frames, weight, bias, input_weight, input_bias, seen, *others, *own, *made)
@@ -202,7 +132,7 @@ class _Unrolled(torch.autograd.Function):
             made = None
             # Gates are made for some steps at a time, so that those of all steps are never there at once.
             length = isqrt(steps - 1) + 1
-        state = tuple(one.clone() for one in last)
+        state = tuple(one.clone(memory_format=_layout(one)) for one in last)
         inputs: list[Tensor | None] = []
         weights: list[tuple[Tensor | None, ...]] = []
         for end in range(steps, 0, -length):
@@ -273,7 +203,9 @@ def _back(
         kept = _room(h, steps, equations.kept * h.shape[1])
         before, recurrent = _flat(befores), mapped(flat_seen, weight, bias)
         scratch = tuple(torch.empty_like(one) for one in before)
-        _step(equations, gates.flatten(0, 1), frames, recurrent, kept.flatten(0, 1), before, scratch, own)
+        opened = gates.flatten(0, 1)
+        projected = None if frames is None else opened
+        equations.forward(projected, recurrent, opened, kept.flatten(0, 1), before, scratch, own)
     through = gates if equations.shared else _room(h, steps, weight.shape[0])
     needs_x, needs_weight, needs_bias, needs_input_weight, needs_input_bias = needs
     d_x = _room(h, steps, joined) if joined and needs_x else None
@@ -311,22 +243,13 @@ def _joined(equations: Equations, weight: Tensor, input_weight: Tensor | None) -
     return x if -(-(x + h) // BLOCK) < -(-x // BLOCK) - (-h // BLOCK) else 0
 
 
-def _step(
-    equations: Equations,
-    gates: Tensor,
-    frames: Tensor | None,
-    recurrent: Tensor,
-    kept: Tensor,
-    before: States,
-    after: States,
-    own: States,
-) -> None:
-    """Adds the shares of the gates, if that is all that comes before them, and steps."""
-    if equations.shared:
-        (gates.copy_ if frames is None else gates.add_)(recurrent)
-    elif frames is None:
-        gates.zero_()
-    equations.forward(gates, None if equations.shared else recurrent, kept, before, after, own)
+def _layout(like: Tensor) -> torch.memory_format:
+    """How frames and the weights of their maps lie: tensor cores take channels side by side, CPUs as well take places."""
+    return torch.channels_last if like.is_cuda and like.dim() == 4 else torch.contiguous_format
+
+
+def _laid(one: Tensor) -> Tensor:
+    return one.contiguous(memory_format=_layout(one))
 
 
 def _flat(states: States) -> States:
@@ -336,7 +259,9 @@ def _flat(states: States) -> States:
 
 def _room(like: Tensor, steps: int, channels: int) -> Tensor:
     """T B channels *space, with nothing in it yet."""
-    return like.new_empty(steps, like.shape[0], channels, *like.shape[2:])
+    shape = steps * like.shape[0], channels, *like.shape[2:]
+    room = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+    return room.unflatten(0, (steps, -1))
 
 
 def _input_share(
@@ -351,4 +276,4 @@ def _input_share(
     """The input's share of the gates of all steps, T B GC *space; without one, room for theirs."""
     if frames is None or weight is None:
         return _room(h, steps, recurrent.shape[0] + equations.beyond * h.shape[1])
-    return mapped(frames, weight, bias).unflatten(0, (-1, h.shape[0]))
+    return _laid(mapped(frames, weight, bias)).unflatten(0, (-1, h.shape[0]))
