@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from forecast.cells.cell import Cell, State
 from forecast.cells.gru import GRU
@@ -295,6 +296,23 @@ def test_a_learned_initial_state_and_both_directions() -> None:
         assert ours is not None
         assert theirs is not None
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@kinds
+@pytest.mark.parametrize("dims", [0, 2])
+def test_costs_are_counted_without_memory(kind: str, dims: int) -> None:
+    """As `run=describe` counts multiply-adds: by either way they are the same."""
+    space = SPACE[:dims]
+    for inputs in (X, 16):
+        cell = cell_of(kind, inputs, dims=dims).to("meta")
+        x = torch.empty(1, 4, inputs, *space, device="meta", dtype=torch.float64)
+        counted = []
+        for backend in ("auto", "reference"):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                outputs, _ = through_time(cell, x, cell.initial_state(1, space, x), 4, backend=backend)
+            assert outputs.shape == (1, 4, C, *space)
+            counted.append(counter.get_total_flops())
+        assert counted[0] == counted[1] > 0
 
 
 @pytest.mark.parametrize("options", [{"zoneout": 0.1}, {"dropout": 0.1}, {"norm": 1}])

@@ -16,6 +16,7 @@ D H W.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from math import isqrt
 from typing import Any, NamedTuple, cast
 
@@ -50,17 +51,17 @@ def unroll(
     """
     h, *others = state
     device = h.device.type
-    if torch.is_autocast_enabled(device):
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if mixed:
         low = torch.get_autocast_dtype(device)
         x, h = None if x is None else x.to(low), h.to(low)
         maps = maps.to(low)
         others = [one.float() for one in others]
-    if x is not None and h.dim() == 2 and not again and kernel.native and native.quicker(kernel.native, x, h):
-        with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if mixed else nullcontext():
+        if x is not None and h.dim() == 2 and not again and kernel.native and native.quicker(kernel.native, x, h):
             return native.unroll(kernel.native, maps, x, (h, *others))
-    given = (x, *maps, h, *others, *kernel.own)
-    wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
-    with torch.autocast(device, enabled=False):
+        given = (x, *maps, h, *others, *kernel.own)
+        wanted = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in given)
         outputs, *last = _Unrolled.apply(  # type: ignore[no-untyped-call]  # torch says no type
             kernel.equations, steps, again, wanted, len(state), *given
         )
