@@ -23,8 +23,8 @@ class OccludedDigits(MovingDigits):
     The last N frames of the past hide it wholly; in the first forecast one it begins to come out. The bar always ends at
     the same place; the larger N, the earlier it begins. So all but the time for which the digit is hidden is the same.
 
-    In training N is drawn for each sequence, from 0 to the N of validation and test: what is behind the bar for long is
-    hardly learned where it is not learned for a moment first.
+    In training N is drawn for each sequence, from 0 to the N of validation and test: with the largest alone a vanilla RNN
+    does not learn the task (docs/gradients.md).
 
     Args:
         images, sequences, past, future, seed, split, fresh: see `MovingDigits`.
