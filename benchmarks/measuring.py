@@ -108,8 +108,9 @@ def job(way: Recurrence, x: Tensor, gradient: Tensor, mode: Mode) -> Job:
 def floor(cell: nn.Module, x: Tensor, mode: Mode) -> Job:
     """The convolutions that no way can do without, without a gate between them.
 
-    Forward the input's for all frames in one call, and those of the state one after another. Backward the gradients of each
-    state one after another, those of the weights and of the input for all frames in one call each.
+    Where x and h have one map each and both reach as far, they go through one convolution at each step; else x goes through
+    its own for all frames in one call. The first step starts from zeros, for which h needs none. Backward the gradients of
+    what each of them read, and those of the weights for all frames in one call each.
     """
     B, T = x.shape[:2]
     maps = dict(cell.named_modules())
@@ -124,29 +125,36 @@ def floor(cell: nn.Module, x: Tensor, mode: Mode) -> Job:
     def field(channels: int) -> Tensor:
         return first.new_ones(T * B, channels, *x.shape[3:]).normal_().contiguous(memory_format=layout)
 
-    frames = x.detach().flatten(0, 1).to(first.dtype)
-    hidden = field(others[0].shape[1])
-    reads = frames, *(hidden for _ in others)
-    to_first, *to_others = (field(weight.shape[0]) for weight in (first, *others))
+    frames = field(x.shape[2])
+    to_first = field(len(first))
+    # What is read, by which weight, and the gradient that comes back to it.
+    whole = [(frames, first, to_first)]
+    steps = list(whole)
+    if [one.shape[2:] for one in others] == [first.shape[2:]]:
+        both = torch.cat([first, *others], dim=1).contiguous(memory_format=layout)
+        seen = field(both.shape[1])
+        whole = [(seen, both, to_first)]
+        steps = [(frames[:B], first, to_first[:B])]
+        steps += zip(seen[B:].split(B), [both] * (T - 1), to_first[B:].split(B), strict=True)
+    else:
+        for weight in others:
+            read, gradient = field(weight.shape[1])[B:], field(len(weight))[B:]
+            whole.append((read, weight, gradient))
+            steps += zip(read.split(B), [weight] * (T - 1), gradient.split(B), strict=True)
 
     def forward() -> None:
-        F.conv2d(frames, first, padding=padding)
-        for h in hidden.split(B):
-            for weight in others:
-                F.conv2d(h, weight, padding=padding)
+        for read, weight, _ in steps:
+            F.conv2d(read, weight, padding=padding)
 
-    def step() -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def step() -> tuple[list[Tensor], list[Tensor]]:
         forward()
-        to_states = [
-            conv2d_input(hidden[:B].shape, weight, part, padding=padding)
-            for weight, to_map in zip(others, to_others, strict=True)
-            for part in reversed(to_map.split(B))
+        to_reads = [
+            conv2d_input(read.shape, weight, gradient, padding=padding) for read, weight, gradient in reversed(steps)
         ]
         to_weights = [
-            conv2d_weight(read, list(weight.shape), to_map, padding=padding)
-            for read, weight, to_map in zip(reads, (first, *others), (to_first, *to_others), strict=True)
+            conv2d_weight(read, list(weight.shape), gradient, padding=padding) for read, weight, gradient in whole
         ]
-        return to_states, to_weights, conv2d_input(frames.shape, first, to_first, padding=padding)
+        return to_reads, to_weights
 
     return Job(forward, step)
 

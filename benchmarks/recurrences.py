@@ -40,7 +40,7 @@ TOLD = (
     "forward pass and the gradients of the input and of all weights, those of a fixed random linear function of all hidden "
     "states. The ways take turns in every round. The first column has the median in milliseconds; the others say how many "
     f"times as long a way took in the same round: median (quartiles). `{FLOOR}`: those that a way cannot do without, alone, "
-    "without a gate between them; the input's and the gradients of weights are for all frames in one call. Kept: what "
+    "without a gate between them; the gradients of weights are for all frames in one call. Kept: what "
     "autograd holds between the two passes, counted by its hooks, each storage once. All ways have the same weights; their "
     f"outputs and gradients agree to {EXACT.tolerance:g} of the largest in float64, and at each size in the numbers that "
     "are timed. As in train.py the process keeps freed memory for the next request, whatever the way."

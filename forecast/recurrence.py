@@ -52,6 +52,7 @@ def through_time(
     state: State,
     steps: int,
     *,
+    rest: bool = False,
     backend: str = "auto",
     recompute: int | None = None,
 ) -> tuple[Float[Tensor, "B T C *space"], State]:
@@ -63,6 +64,7 @@ def through_time(
     Args:
         cell, state, steps: as in `unroll`.
         x: the input, not projected; None for a cell without input.
+        rest: the state is zeros, of which nobody asks gradients; a kernel makes use of that.
         backend: one of `BACKENDS`; all but "reference" take the kernel where there is one.
         recompute: steps between two states that are kept; the square root of T needs the least memory. None keeps all.
     """
@@ -73,22 +75,23 @@ def through_time(
 
     again = stretch == 1
     if stretch is None or (found is not None and again):
-        return _part(cell, found, again, x, steps, *state)
+        return _part(cell, found, again, rest, x, steps, *state)
     outputs = []
     for begin in range(0, steps, stretch):
         count = min(stretch, steps - begin)
         own = None if x is None else x[:, begin : begin + count]
-        hidden, state = checkpoint(_part, cell, found, again, own, count, *state, use_reentrant=False)
+        resting = rest and begin == 0
+        hidden, state = checkpoint(_part, cell, found, again, resting, own, count, *state, use_reentrant=False)
         outputs.append(hidden)
     return torch.cat(outputs, dim=1), state
 
 
 def _part(
-    cell: Cell, found: tuple[Kernel, Maps] | None, again: bool, x: Tensor | None, steps: int, *state: Tensor
+    cell: Cell, found: tuple[Kernel, Maps] | None, again: bool, rest: bool, x: Tensor | None, steps: int, *state: Tensor
 ) -> tuple[Tensor, State]:
     if found is None:
         return unroll(cell, cell.project(x), state, steps)
-    return fast.unroll(*found, x, state, steps, again=again)
+    return fast.unroll(*found, x, state, steps, again=again, rest=rest)
 
 
 def each_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -165,13 +168,16 @@ class Layer(nn.Module):
             if cell is None:
                 continue
             read = x.flip(1) if backward and x is not None else x
+            rest = state is None and cell.initial is None
             if state is not None:
                 begin = state[len(last) : len(last) + cell.carried]
             elif read is not None:
                 begin = cell.initial_state(read.shape[0], tuple(read.shape[3:]), read)
             else:
                 raise ValueError("A layer without input needs a state to start from.")
-            outputs, end = through_time(cell, read, begin, steps, backend=self.backend, recompute=self.recompute)
+            outputs, end = through_time(
+                cell, read, begin, steps, rest=rest, backend=self.backend, recompute=self.recompute
+            )
             halves.append(outputs.flip(1) if backward else outputs)
             last += end
         hidden = halves[0] if len(halves) == 1 else torch.cat(halves, dim=2)

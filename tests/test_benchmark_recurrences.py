@@ -195,14 +195,19 @@ def test_the_floor_does_the_convolutions_of_a_step_and_of_its_gradients(
         return plain(input, weight, **others)
 
     monkeypatch.setattr(F, "conv2d", counted)
-    to_states, to_weights, to_x = bare()
-    maps = [weight for name, weight in way.network.named_parameters() if name.endswith("map.weight")]
-    first, others = maps[0], maps[1:]
+    to_reads, to_weights = bare()
+    first, *others = (weight for name, weight in way.network.named_parameters() if name.endswith("map.weight"))
     T, B = TINY[:2]
-    assert sorted(forward) == sorted([(T * B, *first.shape), *((B, *weight.shape) for weight in others * T)])
-    assert [one.shape for one in to_states] == [(B, TINY.C, TINY.size, TINY.size)] * (T * len(others))
-    assert [one.shape for one in to_weights] == [weight.shape for weight in maps]
-    assert to_x.shape == x.flatten(0, 1).shape
+    if maths == "ConvLSTM":
+        both = torch.cat([first, *others], dim=1)
+        expected, weights = [(B, *first.shape), *[(B, *both.shape)] * (T - 1)], [both]
+    else:
+        expected = [(T * B, *first.shape), *((B, *weight.shape) for weight in others * (T - 1))]
+        weights = [first, *others]
+    assert sorted(forward) == sorted(expected)
+    space = (TINY.size, TINY.size)
+    assert sorted(one.shape for one in to_reads) == sorted((count, wide, *space) for count, _, wide, *_ in expected)
+    assert [one.shape for one in to_weights] == [weight.shape for weight in weights]
 
 
 def test_kept_bytes_are_those_of_the_graph_and_counted_once() -> None:

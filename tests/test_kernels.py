@@ -15,6 +15,7 @@ from forecast.cells.lstm import LSTM
 from forecast.cells.rnn import RNN
 from forecast.errors import UserError
 from forecast.kernels import native
+from forecast.kernels.lstm import LSTMEquations
 from forecast.recurrence import BACKENDS, Layer, Stack, through_time, use_backend, watched
 
 X, C = 3, 4
@@ -95,6 +96,31 @@ def test_numbers_and_all_gradients_are_those_of_the_plain_unroll(
     state = some_state(cell, 2, space)
     fused = everything(cell, x, state, 5, backend="fused", recompute=recompute)
     equal(fused, everything(cell, x, state, 5, backend="reference"))
+
+
+@kinds
+@pytest.mark.parametrize("inputs", [X, 16], ids=["one map of x and h", "two maps"])
+@pytest.mark.parametrize("recompute", [None, 1, 2])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_first_step_from_rest_leaves_out_what_is_zero(
+    kind: str, inputs: int, recompute: int | None, steps: int
+) -> None:
+    cell, x = cell_of(kind, inputs), normal(2, steps, inputs, 7, 6)
+    found, multiplied = {}, {}
+    for backend in ("fused", "reference"):
+        layer = Layer(copy.deepcopy(cell), backend=backend, recompute=recompute)
+        read = x.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            outputs, last = layer.sequence(read, None, steps)
+            (outputs.square().sum() + sum(part.sin().sum() for part in last)).backward()
+        multiplied[backend] = counter.get_total_flops()
+        gradients = {name: weight.grad for name, weight in layer.named_parameters()} | {"x": read.grad}
+        # Of a map of zeros the gradient is 0, or none.
+        gradients = {name: torch.zeros(()) if one is None else one for name, one in gradients.items()}
+        found[backend] = {"outputs": outputs.detach(), **gradients}
+    equal(found["fused"], found["reference"])
+    if recompute is None:
+        assert multiplied["fused"] < multiplied["reference"]
 
 
 @pytest.mark.parametrize("kind", ["RNN", "RNN, ReLU", "LSTM", "LSTM without bias", "GRU"])
@@ -282,6 +308,17 @@ def test_less_is_kept_than_by_the_plain_unroll(kind: str) -> None:
     assert kept["recomputed"] <= kept["fused"]
     # x and the states of each step, with room for one more.
     assert kept["recomputed"] <= 8 * ((1 + cell.states) * 21 * frame + weights)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peephole", [False, True])
+def test_the_cell_state_is_made_once_more_to_the_last_bit(precision: torch.dtype, peephole: bool) -> None:
+    gates, recurrent, h = (normal(2, channels, 5, 4).to(precision) for channels in (4 * C, 4 * C, C))
+    c, own = normal(2, C, 5, 4).float(), (torch.ones(3, C),) if peephole else ()
+    after = torch.empty_like(h), torch.empty_like(c)
+    LSTMEquations().forward(gates, recurrent, gates, h[:, :0], (h, c), after, own)
+    (again,) = LSTMEquations().carry(gates, (c,))
+    assert torch.equal(again, after[1])
 
 
 def test_a_learned_initial_state_and_both_directions() -> None:

@@ -10,7 +10,8 @@ from test_kernels import KINDS, C, X, cell_of, equal, everything, normal, some_s
 from torch import Tensor
 
 from forecast.cells.cell import Cell, State
-from forecast.kernels import single_pass, unroll
+from forecast.kernels import frames, single_pass, unroll
+from forecast.kernels.lstm import LSTMEquations
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; torch brings it where it is built for CUDA")
 
@@ -46,7 +47,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def lie(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has all frames and weights of two dimensions lie in one way."""
     how = LAYOUTS[layout]
-    monkeypatch.setattr(unroll, "_layout", lambda like: how if like.dim() == 4 else torch.contiguous_format)
+    for module in (frames, unroll):
+        monkeypatch.setattr(module, "layout", lambda like: how if like.dim() == 4 else torch.contiguous_format)
 
 
 def given(kind: str, inputs: int, space: tuple[int, ...], hidden: int = C) -> tuple[Cell, Tensor | None, State]:
@@ -123,9 +125,26 @@ def test_a_step_is_one_kernel_each_way(kind: str, launched: list[str]) -> None:
     cell, x, state = given(kind, X, (5, 3))
     everything(cell, x, state, 3)
     name = launched[0].removesuffix("_forward")
-    assert launched == [f"{name}_forward"] * 3 + [f"{name}_backward"] * 3
+    carried = ["lstm_carry"] * 3 if len(state) > 1 else []
+    assert launched == [f"{name}_forward"] * 3 + carried + [f"{name}_backward"] * 3
+    launched.clear()
     everything(cell, x, state, 3, backend="reference")
-    assert len(launched) == 6
+    assert not launched
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peephole", [False, True])
+def test_the_cell_state_is_made_once_more_to_the_last_bit(precision: torch.dtype, peephole: bool) -> None:
+    def frames_of(channels: int, dtype: torch.dtype) -> Tensor:
+        return normal(2, channels, 3, 5).to(DEVICE, dtype)
+
+    equations, c = LSTMEquations(), frames_of(C, torch.float32)
+    gates, h_after, c_after = frames_of(4 * C, precision), frames_of(C, precision), torch.empty_like(c)
+    own = (torch.ones(3, C, device=DEVICE),) if peephole else ()
+    share, kept = frames_of(4 * C, precision), frames_of(0, precision)
+    equations.forward(gates, share, gates, kept, (h_after.clone(), c), (h_after, c_after), own)
+    (again,) = equations.carry(gates, (c,))
+    assert torch.equal(again, c_after)
 
 
 @pytest.mark.parametrize("far", [0.0, 1e-9, 0.049, 0.051, 20.0, 800.0])

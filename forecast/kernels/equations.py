@@ -62,6 +62,10 @@ class Equations(ABC):
                 through W_h.
         """
 
+    def carry(self, gates: Tensor, others: States) -> States:
+        """The states beside h after a step once more, to the last bit, from those before it and how far the gates opened."""
+        return ()
+
     def own(self, gates: Tensor, kept: Tensor, before: States, after: States, own: States) -> States:
         """The gradients of the cell's own weights, from those of the gates of many frames."""
         return ()

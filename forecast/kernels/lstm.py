@@ -11,6 +11,7 @@ from torch import Tensor
 from forecast.kernels import single_pass
 from forecast.kernels.activations import sigmoid_backward, tanh_backward
 from forecast.kernels.equations import Equations, States, add_shares
+from forecast.kernels.frames import blank
 from forecast.kernels.maps import to_bias
 
 
@@ -73,6 +74,15 @@ class LSTMEquations(Equations):
         if peepholes:
             dc.addcmul_(peepholes[0], i).addcmul_(peepholes[1], f)
         dh.zero_()
+
+    def carry(self, gates: Tensor, others: States) -> States:
+        (c,) = others
+        if single_pass.available(gates.device):
+            c_after = blank(c)
+            single_pass.launch("lstm_carry", gates, (gates, c), (c_after,))
+            return (c_after,)
+        i, f, g, _ = gates.chunk(4, dim=1)
+        return (torch.mul(f, c).addcmul_(i, g),)
 
     def own(self, gates: Tensor, kept: Tensor, before: States, after: States, own: States) -> States:
         i, f, _, o = gates.chunk(4, dim=1)

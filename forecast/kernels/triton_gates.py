@@ -34,6 +34,14 @@ def _read(at, there, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _keep(at, value, there, COMPUTE: tl.constexpr):
+    """Stores a number, and gives it as it is stored."""
+    stored = value.to(at.dtype.element_ty)
+    tl.store(at, stored, mask=there)
+    return stored.to(COMPUTE)
+
+
+@triton.jit
 def _gate(projected, projected_at, recurrent, recurrent_at, there, COMPUTE: tl.constexpr):
     """A gate before it opens: the state's share, and the input's where there is one."""
     total = _read(recurrent + recurrent_at, there, COMPUTE)
@@ -91,16 +99,30 @@ def lstm_forward(
     if peephole is not None:
         i += _weight(peephole, 0, column, run, side, there, COMPUTE) * before
         f += _weight(peephole, 1, column, run, side, there, COMPUTE) * before
-    i, f, g = _sigmoid(i), _sigmoid(f), _tanh(g)
+    # The gates as they are stored, from which `lstm_carry` makes c once more.
+    i = _keep(gates, _sigmoid(i), there, COMPUTE)
+    f = _keep(gates + run, _sigmoid(f), there, COMPUTE)
+    g = _keep(gates + 2 * run, _tanh(g), there, COMPUTE)
     after = f * before + i * g
     if peephole is not None:
         o += _weight(peephole, 2, column, run, side, there, COMPUTE) * after
-    o = _sigmoid(o)
-    tl.store(gates, i, mask=there)
-    tl.store(gates + run, f, mask=there)
-    tl.store(gates + 2 * run, g, mask=there)
-    tl.store(gates + 3 * run, o, mask=there)
+    o = _keep(gates + 3 * run, _sigmoid(o), there, COMPUTE)
     tl.store(h_after + row * h_after_row + column, o * _tanh(after), mask=there)
+    tl.store(c_after + row * c_after_row + column, after, mask=there)
+
+
+@triton.jit
+def lstm_carry(
+    gates, c, c_after,
+    gates_row, c_row, c_after_row,
+    rows, run, side, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column, there = _here(rows, run, BLOCK)
+    gates += row * gates_row + column
+    i = _read(gates, there, COMPUTE)
+    f = _read(gates + run, there, COMPUTE)
+    g = _read(gates + 2 * run, there, COMPUTE)
+    after = f * _read(c + row * c_row + column, there, COMPUTE) + i * g
     tl.store(c_after + row * c_after_row + column, after, mask=there)
 
 
