@@ -38,6 +38,7 @@ from torch import nn
 from datamodules.frames import FrameData
 from forecast import checkpoint, command_line, config, launch
 from forecast.allocator import keep_freed_memory
+from forecast.compiling import compile_network
 from forecast.describe import describe
 from forecast.errors import UserError
 from forecast.files import clear, whole
@@ -110,8 +111,7 @@ def make_module(cfg: DictConfig, data: FrameData) -> NowcastModule:
             checkpoint.start_from(cfg.init_from, forecaster)
         checkpoint.freeze(forecaster, cfg.freeze)
         use_backend(network, cfg.backend)
-        if cfg.compile:
-            network.compile()
+        compile_network(network, cfg.compile)
     card = checkpoint.card(cfg, data)
     return NowcastModule(
         name=cfg.model.name,

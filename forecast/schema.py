@@ -74,7 +74,7 @@ class Config:
     resume: str | None = None
     init_from: str | None = None
     freeze: list[str] = field(default_factory=list)
-    compile: bool = False
+    compile: bool | str = False
     backend: str = "auto"
     tf32: bool = True
     folder: str = "."

@@ -70,8 +70,11 @@ class TruncatedBPTT:
         return None if self.state is None else [tuple(one.to(device) for one in layer) for layer in self.state]
 
     def carry(self, state: Sequence[State] | None) -> None:
-        """Keeps the state after a chunk for the next one, cut off from its graph."""
-        self.state = None if state is None else [tuple(one.detach() for one in layer) for layer in state]
+        """Keeps the state after a chunk for the next one, cut off from its graph.
+
+        A copy of it, since a network that is compiled to CUDA graphs writes its next state in the same place.
+        """
+        self.state = None if state is None else [tuple(one.detach().clone() for one in layer) for layer in state]
 
     def gathered(self, all_gather: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
         """The state of the lanes of all processes, in the order in which `datamodules.streams` numbers them, on the CPU.

@@ -50,10 +50,11 @@ def test_half_precision_trains_to_the_same_skill(plain: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_compiled_network_trains_to_the_same_weights(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["true", "reduce-overhead"])
+def test_compiled_network_trains_to_the_same_weights(how: str, plain: Path, tmp_path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
-    commands.run_alone(*SMALL, "compile=true", folder=tmp_path)
+    commands.run_alone(*SMALL, f"compile={how}", folder=tmp_path)
     assert mse(tmp_path) == pytest.approx(mse(plain), rel=0.001)
     theirs = checkpoint.read(plain / "checkpoints/last.ckpt")["state_dict"]
     for name, weight in checkpoint.read(tmp_path / "checkpoints/last.ckpt")["state_dict"].items():

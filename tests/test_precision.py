@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_models import NAMES, SLOW, build, cost, sample
+from torch import nn
 
+from forecast.compiling import MODES, compile_network
 from forecast.precision import allow_tf32
 
 small = pytest.mark.parametrize(
@@ -45,6 +47,20 @@ def test_tf32_is_set_for_products_and_convolutions_alike_and_on_gpus_only(
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
     assert after == (("high" if allowed else "highest", allowed) if gpu else before)
+
+
+@pytest.mark.parametrize(("how", "modes"), [(False, []), (True, ["default"]), *((mode, [mode]) for mode in MODES)])
+def test_a_network_is_compiled_as_the_run_says(
+    how: bool | str, modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: found.append(mode))
+    compile_network(nn.Identity(), how)
+    assert found == modes
+
+
+def test_torch_has_the_modes() -> None:
+    assert {"default", *torch._inductor.list_mode_options()} == set(MODES)
 
 
 WHOLE = """
