@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forecast import config, provenance
+from forecast.allocator import keep_freed_memory
 from forecast.baselines.extrapolation import quiet
 from forecast.batch import Forecast
 from forecast.command_line import load
@@ -52,6 +53,7 @@ TOLERANCE = 1e-10  # between our scores and those of pysteps
 ROUNDS = 5
 LIMIT = 60.0  # seconds, after which no further round begins
 TOGETHER = 2  # samples in a batch beside pysteps
+MEMORY = "As in train.py the process keeps freed memory for the next request."
 RATES = (0.5, 2.0, 5.0, 10.0, 30.0)  # mm/h, the thresholds of HKO-7
 Jobs = dict[str, Callable[[], object]]
 
@@ -334,7 +336,7 @@ def main(
         raise SystemExit(f"error: {error}") from None
     finally:
         torch.set_num_threads(threads)
-    text = "\n\n".join(["# What the scores cost", about, *sections])
+    text = "\n\n".join(["# What the scores cost", about, MEMORY, *sections])
     print(text)
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     with whole(given.out or Path(__file__).parent / "results" / f"{slug}_{today}.md") as temporary:
@@ -342,4 +344,5 @@ def main(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as train.py does
     main()

@@ -226,6 +226,18 @@ def test_frames_larger_than_what_is_counted_at_a_time() -> None:
     assert int(sum(state[..., 1].sum() for state in metric.compute().values())) == truth.numel()
 
 
+def test_parts_of_a_longer_sequence_are_counted_like_copies_of_them() -> None:
+    """Frames are taken in parts, without a copy of the whole."""
+    longer = torch.randint(0, 60, (3, 7, 1, 160, 170), generator=torch.Generator().manual_seed(0)).float()
+    mean, truth, valid = longer.roll(1, -1)[:, 3:], longer[:, 3:], (longer > 3)[:, 3:]
+    block = torch.tensor([2, 0, -1])
+    assert not truth.is_contiguous()
+    both = torch.where(valid, (mean >= 20) & (truth >= 20), False)
+    states = counts(Windows(Forecast(mean), truth, valid, block))
+    assert torch.equal(states["hits"][..., 1], both[[1, 2, 0]].sum((2, 3, 4)) * torch.tensor([[1], [0], [1]]))
+    assert int(sum(state[..., 0].sum() for state in states.values())) == int(valid[:2].sum())
+
+
 def test_reset_and_what_was_computed_stays() -> None:
     metric = Contingency(scope())
     metric.update(*windows())

@@ -125,6 +125,18 @@ def test_the_largest_window_is_exact() -> None:
     assert float(sums["fractions_square"].sum()) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("width", "scale"), [(8191, 1), (8192, 1), (140, 8), (50, 9)])
+def test_counts_at_the_end_of_a_narrow_type_are_exact(width: int, scale: int) -> None:
+    """All events in both: the largest counts and squares, at and beyond the ends of int8 and int16."""
+    wet = torch.ones(1, 1, 1, 2 * scale, width)
+    sums = states(Fractions(scope(1, 1, (0.5,)), (scale,)), (wet, wet, wet > 0, torch.zeros(1, dtype=torch.int64)))
+    inside = [np.convolve(np.ones(side), np.ones(scale))[(scale - 1) // 2 :][:side] / scale for side in wet.shape[-2:]]
+    assert float(sums["fractions_square"].sum()) == pytest.approx(
+        2 * (inside[0] ** 2).sum() * (inside[1] ** 2).sum(), rel=1e-12
+    )
+    assert not sums["fractions_difference"].any()
+
+
 def test_fss_grows_with_the_scale_of_a_shifted_forecast_and_is_1_of_a_perfect_one() -> None:
     mean, truth, valid, block = fields()
     shifted = score(states(Fractions(scope(), (1, 3, 7, 15)), (mean, truth, torch.ones_like(valid), block)))

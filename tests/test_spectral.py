@@ -5,6 +5,7 @@ import pytest
 import torch
 import xarray as xr
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from forecast.batch import Forecast
@@ -70,6 +71,31 @@ def test_equals_pysteps_on_square_frames(side: int) -> None:
         mean = np.mean([power for power, _ in expected], axis=0)
         np.testing.assert_allclose(ours.power_truth.isel(lead_time=step), mean, rtol=1e-10)
         np.testing.assert_allclose(ours.wavenumber, expected[0][1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0, 8])
+@pytest.mark.parametrize("periodic", [False, True])
+def test_in_float32_powers_are_those_of_pysteps_to_1e_5(sigma: float, periodic: bool) -> None:
+    """Also where almost nothing is left: below 1e-5 of the variance to 1e-10 of it."""
+    spectral = pytest.importorskip("pysteps.utils.spectral", reason="pysteps is an extra")
+    rain = rough((64, 64)).exp().numpy()
+    smooth = gaussian_filter(rain, (0, 0, 0, sigma, sigma), mode="wrap" if periodic else "reflect")
+    field = torch.from_numpy(smooth).float()
+    ours = spectrum(field, field)
+    assert periodic or ours.power_truth.min() > 1e-5 * smooth.var()
+    for step in range(STEPS):
+        expected = [spectral.rapsd(one.double().numpy(), fft_method=np.fft) for one in field[:, step, 0]]
+        found = ours.power_truth.isel(lead_time=step)
+        np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-5, atol=1e-10 * smooth.var())
+
+
+def test_in_float32_a_large_mean_leaves_nothing_in_the_waves() -> None:
+    """The rounding of a mean of 300 would be more power than these waves have."""
+    waves = rough() - 5
+    exact = spectrum(waves + 300, waves + 300)
+    found = spectrum((waves + 300).float(), (waves + 300).float())
+    np.testing.assert_allclose(found.power_forecast, exact.power_forecast, rtol=1e-4)
+    np.testing.assert_allclose(found.power_forecast[:, 0], exact.power_forecast[:, 0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(20, 31), (31, 20), (24, 10), (9, 9)])
@@ -155,6 +181,9 @@ def test_missing_and_undefined_pixels_hold_the_floor_in_both() -> None:
     ).forecast_power_sum
     found = spectrum(holed, torch.where(valid, truth, torch.nan), valid, quantity=quantity)
     np.testing.assert_allclose(found.forecast_power_sum, expected, rtol=1e-12)
+    above = torch.where(known, forecast + 10, 0.0).mean((-3, -2, -1)).square() * 32 * 32
+    by_block = torch.stack([above[[0, 2]].sum(0), above[1]])
+    np.testing.assert_allclose(found.forecast_power_sum.isel(wavenumber=0), by_block, rtol=1e-12)
     assert np.isfinite(found.cross_power_sum).all()
     assert np.isnan(found.sharpness).all()  # the pool has undefined pixels
 
@@ -190,8 +219,8 @@ def test_without_power_there_is_no_sharpness_slope_or_resolution() -> None:
     nothing = spectrum(truth, dry)
     for name in ("sharpness", "spectral_slope_truth", "effective_resolution", "coherence"):
         assert np.isnan(nothing[name]).all(), name
-    for constant in (dry, dry + 0.7):  # the second's spectrum is the transform's rounding
-        flat = spectrum(constant, truth)
+    for constant in (dry, dry + 0.7, dry.float() + 0.7, dry.float() + 1e6 / 3):  # their other waves are rounding
+        flat = spectrum(constant, truth.to(constant.dtype))
         assert (flat.sharpness == 0).all()
         assert np.isnan(flat.spectral_slope_forecast).all()
 

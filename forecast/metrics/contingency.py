@@ -15,7 +15,7 @@ doi 10.1016/C2017-0-03921-6.
 Axes: F frames, C channels, H W space, P thresholds.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.metrics.metric import Counts, FrameMetric, Pixels, Score, Sum, count, ratio
+from forecast.metrics.metric import Counts, FrameMetric, Pixels, Score, Sum, ratio
 
 
 def csi(hits: Counts, misses: Counts, false_alarms: Counts) -> Counts:
@@ -173,12 +173,8 @@ class Contingency(FrameMetric):
         }
 
 
-def table(few: Pixels, thresholds: Sequence[float]) -> Tensor:
-    """Hits, misses and false alarms of a few frames: 3 F P int64, for P thresholds."""
-    counts = few.known.new_zeros(3, len(few.known), len(thresholds))
-    for column, threshold in enumerate(thresholds):
-        events = few.events(threshold)
-        hits = count(events.f * events.o)
-        for row, found in enumerate((hits, events.observed - hits, events.forecasts - hits)):
-            counts[row, :, column] = found.sum(1)
-    return counts
+def table(few: Pixels, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hits, misses and false alarms of a few frames: F P int64 each, for P thresholds."""
+    events = few.events(thresholds)
+    hits, observed, forecasts = (one.sum(2).T for one in (events.hits, events.observed, events.forecasts))
+    return hits, observed - hits, forecasts - hits

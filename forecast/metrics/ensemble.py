@@ -7,7 +7,7 @@ and what needs two members is NaN.
 Axes: B batch, S forecast frames, M members, C channels, H W space, N pixels of a frame (C H W flattened).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
-from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, ratio
+from forecast.metrics.metric import AdditiveMetric, Counts, Pixels, Scope, Score, Sum, pieces, ratio
 
 _AT_ONCE = 2**20  # numbers of members looked at together: 8 MiB in float64, of which some copies live at a time
 
@@ -142,7 +142,7 @@ class Ensemble(AdditiveMetric):
             )
         samples, steps = pixels.truth.shape[:2]
         sums: dict[str, Tensor] = {}
-        for rows, leads in _pieces(samples, steps, _AT_ONCE // (count * pixels.truth.shape[2:].numel())):
+        for rows, leads in pieces(samples, steps, _AT_ONCE // (count * pixels.truth.shape[2:].numel())):
             seen = pixels.truth[rows, leads].double()
             errors = members[rows, :, leads].double() - seen.unsqueeze(1)
             # A mean over members is finite where all of them are.
@@ -210,12 +210,3 @@ class Ensemble(AdditiveMetric):
         first, tied = rank.view(-1, 1, 1), rank.view(1, -1, 1)
         shares = ((rank >= first) & (rank <= first + tied)) / (tied + 1).double()
         return cases[..., :-1].double() @ shares.flatten(0, 1)
-
-
-def _pieces(samples: int, steps: int, frames: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of a batch, as slices of samples and of steps, that hold at most `frames` frames each (and at least one)."""
-    leads = max(1, min(steps, frames))
-    rows = max(1, frames // leads)
-    for row in range(0, samples, rows):
-        for lead in range(0, steps, leads):
-            yield slice(row, row + rows), slice(lead, lead + leads)

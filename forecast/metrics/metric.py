@@ -7,6 +7,7 @@ are given a few at a time (`FrameMetric`).
 Axes: B batch, S forecast frames, F frames of a batch, C channels, H W space.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,16 +85,16 @@ class Score(NamedTuple):
 
 
 class Events(NamedTuple):
-    """Events of frames."""
+    """Events of frames, by threshold."""
 
-    f: Tensor
-    """F C H W float32, 1 where one is forecast, else 0."""
-    o: Tensor
-    """F C H W float32, 1 where there is one, else 0."""
+    where: Tensor
+    """2 P F C H W int8: 1 where one is forecast, and where there is one, else 0."""
     forecasts: Tensor
-    """F C int64, how many are forecast."""
+    """P F C int64, how many are forecast."""
     observed: Tensor
-    """F C int64, how many there are."""
+    """P F C int64, how many there are."""
+    hits: Tensor
+    """P F C int64, how many of these are forecast."""
 
 
 class Pixels:
@@ -113,14 +114,16 @@ class Pixels:
         self.told = told
         self.sums: dict[AdditiveMetric, dict[str, Tensor]] = {}
         """What the frames of a batch add to metrics that score each by itself, B S ...; see `score`."""
-        self._events: dict[float, Events] = {}
+        self._events: dict[tuple[float, ...], Events] = {}
 
     @classmethod
     def of(cls, forecast: Forecast, truth: Tensor, valid: Tensor, block: Tensor) -> "Pixels":
         """Those of a batch; the arguments are those of `AdditiveMetric.update`."""
         parts = (part for part in (forecast.members, forecast.exceedance) if part is not None)
         told = [torch.isfinite(part).all(1) for part in parts]
-        counted = valid & (block >= 0).view(-1, 1, 1, 1, 1)
+        # As uint8, which is several times quicker than bool.
+        real = (block >= 0).view(torch.uint8).view(-1, 1, 1, 1, 1)
+        counted = (valid.view(torch.uint8) & real).view(torch.bool)
         return cls(forecast.mean, truth, counted, torch.stack(told).all(0) if told else None)
 
     @cached_property
@@ -144,35 +147,37 @@ class Pixels:
         return count(torch.eq(self.gap, 0, out=torch.empty_like(self.gap)))
 
     @cached_property
-    def f(self) -> Tensor:
-        """The forecast, NaN where there is nothing to compare."""
-        return self.forecast + self.gap
+    def fields(self) -> Tensor:
+        """2 ... C H W: the forecast, and the truth, NaN where there is nothing to compare."""
+        return torch.stack((self.forecast, self.truth)).add_(self.gap)
 
-    @cached_property
-    def o(self) -> Tensor:
-        """The truth (what was observed), NaN where there is nothing to compare."""
-        return self.truth + self.gap
-
-    def events(self, threshold: float) -> "Events":
-        """Of frames F C H W: where forecast and truth are at or above a threshold."""
-        if threshold not in self._events:
-            # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides. In
-            # float32, which is four times quicker than bool. NaN is no event.
-            f, o = (
-                torch.ge(field.to(self.o.dtype), threshold, out=torch.empty_like(field, dtype=torch.float32))
-                for field in (self.f, self.o)
-            )
-            self._events[threshold] = Events(f, o, count(f), count(o))
-        return self._events[threshold]
+    def events(self, thresholds: tuple[float, ...]) -> Events:
+        """Of frames F C H W: where forecast and truth are at or above each threshold."""
+        if thresholds not in self._events:
+            # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
+            fields = self.fields.to(self.truth.dtype)
+            where = fields.new_empty((2, len(thresholds), *fields.shape[1:]), dtype=torch.int8)
+            # In float32, which is four times quicker than bool. NaN is no event.
+            found = torch.empty_like(fields, dtype=torch.float32)
+            rows = found.new_empty((3, len(thresholds), *fields.shape[1:-1]))
+            for column, threshold in enumerate(thresholds):
+                where[:, column] = torch.ge(fields, threshold, out=found)
+                torch.sum(found, -1, out=rows[:2, column])
+                torch.sum(found[0].mul_(found[1]), -1, out=rows[2, column])
+            # Exact, since no row is longer than float32 counts.
+            counts = rows.sum(-1, dtype=torch.float64).long()
+            self._events[thresholds] = Events(where, *counts)
+        return self._events[thresholds]
 
     def few(self) -> Iterator["Pixels"]:
         """The frames F C H W of a batch, a few at a time."""
-        # As many as a core's cache holds, for each thread. An accelerator wants more to do at once; its memory holds it.
-        pixels = 2**16 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
-        most = 1 + pixels // max(1, self.truth.shape[2:].numel())
+        # As many as the caches hold, for each thread: with fewer, the calls take longer than the sums. An accelerator wants
+        # more to do at once; its memory holds it.
+        pixels = 2**18 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
+        samples, steps = self.truth.shape[:2]
         fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
-        for part in zip(*(field.flatten(0, 1).split(most) for field in fields), strict=True):
-            yield Pixels(*part)
+        for part in pieces(samples, steps, 1 + pixels // max(1, self.truth.shape[2:].numel())):
+            yield Pixels(*(field[part].flatten(0, 1) for field in fields))
 
     def score(self, metrics: Iterable["AdditiveMetric"]) -> None:
         """Finds the sums for all metrics that score each frame by itself.
@@ -282,11 +287,25 @@ class FrameMetric(AdditiveMetric):
             self.add(name, block, values)
 
 
+def pieces(samples: int, steps: int, frames: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a batch, as slices of samples and of steps: about equal, of at most `frames` frames (and at least one)."""
+    leads = _share(steps, frames)
+    rows = _share(samples, frames // leads)
+    for row in range(0, samples, rows):
+        for lead in range(0, steps, leads):
+            yield slice(row, row + rows), slice(lead, lead + leads)
+
+
+def _share(whole: int, most: int) -> int:
+    """The largest of the fewest equal parts of which none is larger than `most`."""
+    return math.ceil(whole / math.ceil(whole / max(1, most)))
+
+
 def ones(mask: Tensor) -> Tensor:
     """True and False as 1 and 0 in float32, by way of uint8, which is several times quicker."""
     return mask.view(torch.uint8).float()
 
 
 def count(ones: Tensor) -> Tensor:
-    """Zeros and ones, F C H W -> F C int64: exact, since no row is longer than float32 counts."""
-    return ones.sum(3).long().sum(2)
+    """Zeros and ones, ... H W -> ... int64: exact, since no row is longer than float32 counts."""
+    return ones.sum(-1).sum(-1, dtype=torch.float64).long()

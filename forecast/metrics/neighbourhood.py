@@ -20,7 +20,7 @@ from forecast.metrics import contingency
 from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, Sum, ratio
 
 _LARGEST = 181
-"""Pixels; the square of a larger window does not fit into the 16 bits that a count has."""
+"""Pixels; sums over frames of the squares of larger counts could leave the whole numbers that float64 holds."""
 
 
 def fss(difference: Counts, square: Counts) -> Counts:
@@ -82,26 +82,21 @@ class Fractions(FrameMetric):
         return {"threshold": self.scope.threshold, "scale": xr.Variable("scale", np.asarray(self.scales), about)}
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
-        images = few.known.numel()
-        thresholds = self.scope.quantity.thresholds
-        sums = few.o.new_zeros((images, len(thresholds), len(self.scales), 2), dtype=torch.float64)
-        observed = few.known.new_zeros((images, len(thresholds)))
-        for column, threshold in enumerate(thresholds):
-            events = few.events(threshold)
-            observed[:, column] = events.observed.flatten()
-            # An image without events adds nothing, and costs nothing more.
-            some = (events.forecasts + events.observed).flatten().nonzero().flatten()
-            if len(some):
-                f, o = (field.flatten(0, 1) for field in (events.f, events.o))
-                sums[some, column] = self._squares(*((f, o) if len(some) == images else (f[some], o[some])))
-        sums /= torch.tensor(self.scales, dtype=torch.float64, device=sums.device)[:, None] ** 4
-        sums, observed = (one.unflatten(0, few.known.shape).sum(1) for one in (sums, observed))
-        difference, total = sums.unbind(-1)
+        events = few.events(self.scope.quantity.thresholds)
+        images = events.observed.numel()
+        sums = events.where.new_zeros((2, images, len(self.scales)), dtype=torch.float64)
+        # An image without events adds nothing, and costs nothing more.
+        some = (events.forecasts + events.observed).flatten().nonzero().flatten()
+        if len(some):
+            f, o = events.where.flatten(1, 3)
+            sums[:, some] = self._squares(*((f, o) if len(some) == images else (f[some], o[some])))
+        sums /= torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 4
+        difference, total = sums.unflatten(1, events.observed.shape).sum(3).transpose(1, 2)
         return {
             "fractions_difference": difference,
             # f^2 + o^2 = ((f - o)^2 + (f + o)^2) / 2
             "fractions_square": (difference + total) / 2,
-            "observed_events": observed,
+            "observed_events": events.observed.sum(2).T,
         }
 
     @classmethod
@@ -114,10 +109,10 @@ class Fractions(FrameMetric):
         """Sums over all windows, in whole numbers.
 
         Args:
-            forecast, truth: zeros and ones, I H W.
+            forecast, truth: zeros and ones, I H W int8.
 
         Returns:
-            I N 2: of (f - o)^2 and (f + o)^2, with f and o the events in a window.
+            2 I N: of (f - o)^2 and (f + o)^2, with f and o the events in a window.
         """
         images, height, width = truth.shape
         # Images lie one after another in a row of numbers, with zeros to the right of each line and below each image, which
@@ -126,25 +121,37 @@ class Fractions(FrameMetric):
         margin = max(self.scales) // 2
         rows, line = height + margin, width + margin
         first = margin * line + margin
-        strides = rows * line, line, 1
-        # Both fields in one: d = forecast - truth in the upper 16 bits, s = forecast + truth in the lower ones.
+        size, strides = (2, *truth.shape), (images * rows * line, rows * line, line, 1)
         sums = []
-        side, window = 1, torch.zeros(first + images * rows * line, dtype=torch.int32, device=truth.device)
+        side, window = 1, torch.zeros(first + 2 * images * rows * line, dtype=torch.int8, device=truth.device)
         events = window
-        events.as_strided(truth.shape, strides, first).copy_((forecast * (1 + 2**16)).add_(truth, alpha=1 - 2**16))
+        # f - o, and -f - o, whose square is that of f + o: a window of 8 x 8 has -128, which is the least that int8 holds.
+        difference, total = events.as_strided(size, strides, first)
+        torch.sub(forecast, truth, out=difference)
+        torch.sub(difference, forecast, alpha=2, out=total)
         for scale in self.scales:
             if scale % side:
                 side, window = 1, events
             times = scale // side
+            # The narrowest whole numbers are the quickest.
+            window = window.to(_whole(-2 * scale**2, scale**2))
             window = _runs(_runs(window, times, side), times, side * line)
             side = scale
-            inside = window.as_strided(truth.shape, strides, first - scale // 2 * (line + 1))
-            # int32 is quickest, where a row of squares cannot overflow it; whole numbers below 2^53 are exact in float64.
-            exact = torch.int32 if width * (2 * scale**2) ** 2 < 2**31 else torch.float64
-            for part in (inside >> 16, inside & 0xFFFF):
-                part = part.to(exact)
-                sums.append(part.mul_(part).sum(2, dtype=exact).double().sum(1))
-        return torch.stack(sums, 1).unflatten(1, (-1, 2))
+            inside = window.as_strided(size, strides, first - scale // 2 * (line + 1))
+            exact = _whole(0, width * (2 * scale**2) ** 2)  # for the squares of a row
+            # One part at a time, so that it stays in the cache.
+            for part in inside:
+                squares = part.to(exact, copy=True)
+                sums.append(squares.mul_(squares).sum(2, dtype=exact).sum(1, dtype=torch.float64))
+        return torch.stack(sums).unflatten(0, (-1, 2)).movedim(0, 2)
+
+
+def _whole(lowest: int, highest: int) -> torch.dtype:
+    """The narrowest dtype that holds these whole numbers; float64 is exact below 2^53."""
+    for dtype in (torch.int8, torch.int16, torch.int32):
+        if torch.iinfo(dtype).min <= lowest and highest <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.float64
 
 
 def _runs(values: Tensor, length: int, step: int) -> Tensor:
@@ -194,13 +201,13 @@ class PooledContingency(FrameMetric):
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
         # A maximum forgets minus infinity, unless there is nothing else, which is no event.
-        f, o = (field.to(few.o.dtype).nan_to_num(-torch.inf) for field in (few.f, few.o))
+        fields = few.fields.to(few.truth.dtype).nan_to_num(-torch.inf)
         by_pool = []
         for pool in self.pools:
-            highest_f, highest_o = (F.max_pool2d(field, pool, ceil_mode=True) for field in (f, o))
-            blocks = Pixels(highest_f, highest_o, torch.ones_like(highest_o, dtype=torch.bool))
+            f, o = (F.max_pool2d(field, pool, ceil_mode=True) for field in fields)
+            blocks = Pixels(f, o, torch.ones_like(o, dtype=torch.bool))
             by_pool.append(contingency.table(blocks, self.scope.quantity.thresholds))
-        return dict(zip(self.SUMS, torch.stack(by_pool, -1), strict=True))
+        return {name: torch.stack(found, -1) for name, found in zip(self.SUMS, zip(*by_pool, strict=True), strict=True)}
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:
