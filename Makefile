@@ -31,7 +31,7 @@ format: $(VENV)/test  ## put the code into shape
 bench: $(VENV)/test  ## what scores, gradients in time, data and recurrences cost: minutes; PEERS=folder with checkouts
 	$(BIN)/python benchmarks/scores.py $(ARGS)
 	$(BIN)/python benchmarks/tbptt.py
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.recurrences $(if $(PEERS),--peers "$(PEERS)")
 
 bench-gpu: $(VENV)/test  ## what recurrences cost on a CUDA device; PEERS=folder with checkouts

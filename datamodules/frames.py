@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from datamodules.decoding import decode
 from datamodules.sampler import BatchSampler, Draw
 from datamodules.streams import LaneSampler, Streams
 from forecast.batch import Batch, Frames
@@ -123,8 +124,8 @@ class FrameData(pl.LightningDataModule):
         The last `after` frames of a window are given like its past, and those before them are the truth, `accumulate` of
         them in each of its frames: their mean, valid where all of them are.
         """
-        past, known = self.quantity.decode(batch.past)
-        truth, valid = self.quantity.decode(batch.future)
+        past, known = decode(self.quantity, batch.past)
+        truth, valid = decode(self.quantity, batch.future)
         if self.after:
             gap = truth.shape[1] - self.after
             past, known = torch.cat([past, truth[:, gap:]], dim=1), torch.cat([known, valid[:, gap:]], dim=1)

@@ -4,6 +4,8 @@ Axes: P positions, n draws of each.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,18 +37,50 @@ def uniform(seed: Sequence[int], positions: NDArray[np.int64], draws: int) -> ND
 
     Reference: M. E. O'Neill (2014), PCG: A family of simple fast space-efficient statistically good algorithms.
     """
+    drawn = np.empty((len(positions), draws))
+    for n, words in enumerate(islice(_long_words(seed, positions), draws)):
+        drawn[:, n] = (words >> np.uint64(11)) * 2.0**-53
+    return drawn
+
+
+def integers(seed: Sequence[int], positions: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`np.random.default_rng((*seed, position)).integers(0, most, endpoint=True)` for each of the positions and its `most`.
+
+    Args:
+        seed: as in `uniform`.
+        positions: P, below 2**32.
+        most: P n (1 or more), 0 and above, below 2**32 - 1.
+
+    Returns:
+        P n, from 0 to `most`, which is included.
+
+    Reference: D. Lemire (2019), Fast random integer generation in an interval.
+    """
+    long = islice(_long_words(seed, positions), ceil(most.shape[1] / 2))
+    halves = np.array([half for words in long for half in (words & LOWER, words >> HALF)])
+    # Where there is nothing to choose from, NumPy draws nothing.
+    which = np.maximum(np.cumsum(most > 0, axis=1) - 1, 0)
+    options = most.astype(np.uint64) + np.uint64(1)
+    products = np.take_along_axis(halves.T, which, axis=1) * options
+    found = (products >> HALF).astype(np.int64)
+    # Few draws may be unfair, and be repeated: they are left to NumPy.
+    for row in np.flatnonzero(((products & LOWER) < options).any(axis=1)).tolist():
+        alone = np.random.default_rng((*seed, int(positions[row])))
+        found[row] = alone.integers(0, most[row], endpoint=True)
+    return found
+
+
+def _long_words(seed: Sequence[int], positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint64]]:
+    """What each position's generator gives, 64 bits at a time: P."""
     words = [np.full(positions.shape, word, np.uint32) for number in seed for word in _words(number)]
     pool = _mixed([*words, positions.astype(np.uint32)])
     first, second, third, fourth = _seeds(pool)
     increment = (third << np.uint64(1) | fourth >> np.uint64(63), fourth << np.uint64(1) | np.uint64(1))
     state = _next(_sum((first, second), increment), increment)
-    drawn = np.empty((len(positions), draws))
-    for n in range(draws):
+    while True:
         state = high, low = _next(state, increment)
         folded, turn = high ^ low, high >> np.uint64(58)
-        turned = folded >> turn | folded << (-turn & np.uint64(63))
-        drawn[:, n] = (turned >> np.uint64(11)) * 2.0**-53
-    return drawn
+        yield np.bitwise_or(folded >> turn, folded << (-turn & np.uint64(63)))
 
 
 def _words(number: int) -> list[int]:

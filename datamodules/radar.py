@@ -154,7 +154,7 @@ class RadarData(FrameData):
         self.quantity = self._quantity(archives, self.cadence)
         self.transform = self.given_transform or default_transform(self.quantity)
         self._check_sizes(archives)
-        self.grid = cropped(archives[0].grid, *self.crops["test"].places(archives[0].grid.size, 0, 0)[0])
+        self.grid = cropped(archives[0].grid, self.crops["test"])
         fields = standardised([archive.fields(self.static) for archive in archives])
         times = np.concatenate([archive.times for archive in archives])
         self._intervals = intervals = split_times(times, self.split, self.guard_hours)

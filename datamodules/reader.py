@@ -15,6 +15,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from datamodules.cf import Dims, Packing, find_rain, grid_of, packing_of, times_of
+from datamodules.mapped import MappedFrames
 from datamodules.windows import Times
 from forecast.errors import UserError
 from forecast.units import Grid, Quantity
@@ -49,8 +50,8 @@ class Archive:
         """T seconds UTC."""
         self.chunks = chunks
         """T H W of the pieces that can be unpacked on their own; 1 where the file has none."""
-        self.unpacked: Path | None = None
-        """A file of the same packed numbers, T H W in C order, that is read instead."""
+        self.unpacked: MappedFrames | None = None
+        """The same packed numbers in a file of their own, which is read instead."""
         self._dims = dims
         self._packing = packing
         self._opened: xr.Dataset | None = None
@@ -84,15 +85,13 @@ class Archive:
             packed[other] = one
         return packed
 
-    def _read_unpacked(self, path: Path, part: tuple[slice, slice, slice]) -> Packed:
+    def _read_unpacked(self, unpacked: MappedFrames, part: tuple[slice, slice, slice]) -> Packed:
         try:
-            # Mapped anew at each time: a map that is kept counts all the pixels it ever showed as memory of the process.
-            mapped: Packed = np.asarray(np.memmap(path, self.dtype, "r", shape=(len(self.times), *self.grid.size)))
-            return mapped[part]
+            return unpacked[part]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The unpacked frames of {self.path} in {path} cannot be read ({error}); leave them there while a run goes "
-                "on, or set data.cache=false."
+                f"The unpacked frames of {self.path} in {unpacked.path} cannot be read ({error}); leave them there while a "
+                "run goes on, or set data.cache=false."
             ) from error
 
     def valid(self, packed: Packed) -> NDArray[np.bool_]:

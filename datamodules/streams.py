@@ -53,9 +53,14 @@ def locate(chunks: Whole, positions: Sequence[int]) -> Chunks:
     return Chunks(stream, position - begins[stream])
 
 
+def unsigned(seed: int) -> int:
+    """A seed as NumPy takes it, which may be below 0 here."""
+    return seed & 0xFFFF_FFFF_FFFF_FFFF
+
+
 def drawn(epoch: int, seed: int, *further: int) -> np.random.Generator:
     """What is random in the streams of an epoch."""
-    return np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, *further])
+    return np.random.default_rng([unsigned(seed), epoch, *further])
 
 
 class LaneSampler(Sampler[Draw]):

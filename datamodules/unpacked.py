@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.progress import track
 
+from datamodules.mapped import MappedFrames
 from datamodules.reader import Archive, Packed
 from datamodules.statistics import A_MOMENT, block_of
 from forecast.errors import UserError
@@ -24,8 +25,7 @@ def unpack(archive: Archive, fingerprint: str) -> None:
     """Let an archive's frames be read from a file of plain numbers in the user's cache ($STORMCELL_CACHE).
 
     In a compressed archive a window costs all the chunks that it touches, anew each time it is drawn; here it costs its
-    own pixels. The file is written by one process while others wait, and shared by all. It is mapped into memory while a
-    batch is made, so that no process holds more than the windows it is dealing, however large the archive.
+    own pixels. The file is written by one process while others wait, and shared by all.
 
     Args:
         archive: to be read from the file from now on.
@@ -36,7 +36,8 @@ def unpack(archive: Archive, fingerprint: str) -> None:
     """
     cache = Path(os.environ.get("STORMCELL_CACHE") or pooch.os_cache("stormcell")).expanduser()
     place = cache / "frames" / f"{Path(archive.path).name}.{fingerprint}" / "frames.raw"
-    size = len(archive.times) * archive.grid.size[0] * archive.grid.size[1] * archive.dtype.itemsize
+    unpacked = MappedFrames(place, (len(archive.times), *archive.grid.size), archive.dtype)
+    size = unpacked.size
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.with_name(".lock")):
@@ -60,7 +61,7 @@ def unpack(archive: Archive, fingerprint: str) -> None:
             f"The frames of {archive.path} cannot be unpacked into {place.parent} ({error}); set STORMCELL_CACHE to a "
             f"folder that can be written and has {_gigabytes(size)}, or data.cache=false to read from the archive."
         ) from error
-    archive.unpacked = place
+    archive.unpacked = unpacked
 
 
 def write(archive: Archive, path: Path, size: int) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import data
-from benchmarks.data import OPENSTL, Size, main
+from benchmarks.data import Size, main
+from benchmarks.openstl import OPENSTL
 from datamodules.moving_digits import MovingDigits
 from datamodules.reader import Archive
 
@@ -62,7 +63,7 @@ def test_digits_and_windows_are_told_beside_their_peers(
     assert digits["OpenSTL"][2].startswith("1 ")
     assert sum(row[0].startswith(("NetCDF", "Zarr")) for row in rows) == 6
     assert "20 times as fast is promised" in written
-    assert "python benchmarks/data.py --openstl" in written
+    assert "python -m benchmarks.data --openstl" in written
 
 
 def test_without_a_peer_our_digits_are_told_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.generators import uniform
+from datamodules.generators import integers, uniform
 
 POSITIONS = np.array([0, 1, 2, 9_999, 2**31, 2**32 - 1])
 
@@ -28,3 +28,23 @@ def test_a_position_draws_the_same_whatever_is_drawn_beside_it() -> None:
     np.testing.assert_array_equal(uniform((0, 2, 5), np.array([70, 3]), 10), together[[70, 3]])
     np.testing.assert_array_equal(uniform((0, 2, 5), np.array([70, 3]), 4), together[[70, 3], :4])
     assert uniform((0,), np.array([], np.int64), 3).shape == (0, 3)
+
+
+@given(
+    seed=st.lists(st.integers(0, 2**100), max_size=4),
+    most=st.lists(st.sampled_from([0, 1, 160, 2**16, 3 * 2**30, 2**32 - 2]), min_size=1, max_size=7),
+)
+def test_each_position_draws_the_integers_of_its_own_generator(seed: list[int], most: list[int]) -> None:
+    mosts = np.array([np.roll(most, turn) for turn in range(len(POSITIONS))], np.int64).reshape(len(POSITIONS), -1)
+    expected = [
+        np.random.default_rng((*seed, position)).integers(0, own, endpoint=True)
+        for position, own in zip(POSITIONS.tolist(), mosts, strict=True)
+    ]
+    np.testing.assert_array_equal(integers(seed, POSITIONS, mosts), expected)
+
+
+def test_unfair_draws_are_repeated() -> None:
+    """Of 3 * 2**30 + 1 numbers one draw in four is."""
+    positions, most = np.arange(200), np.full((200, 5), 3 * 2**30)
+    expected = [np.random.default_rng((1, n)).integers(0, own, endpoint=True) for n, own in enumerate(most)]
+    np.testing.assert_array_equal(integers((1,), positions, most), expected)

@@ -101,7 +101,7 @@ def test_of_several_places_drawn_the_wettest_is_cropped(write_archive: WriteArch
     chosen = []
     for position in range(20):
         frames = slice(position, position + 7)
-        places = train.crop.places((12, 14), 2, position)
+        places = train.places(2, position)
         shares = [int(wet[frames, *place].sum()) for place in places]
         rows, columns = places[chosen_place := int(np.argmax(shares))]
         chosen.append(chosen_place)
@@ -120,7 +120,7 @@ def test_crops_are_random_in_training_and_central_elsewhere(write_archive: Write
     positions = tuple(range(20))
     assert_equal(train[Draw(3, positions)], train[Draw(3, positions)])
     assert_equal(train[Draw(3, (7,))], Batch(*(part[7:8] for part in train[Draw(3, positions)])))
-    places = [train.crop.places((12, 14), epoch, position)[0] for epoch in range(9) for position in range(40)]
+    places = [train.places(epoch, position)[0] for epoch in range(9) for position in range(40)]
     assert {rows.start for rows, _ in places} == set(range(7))
     assert {columns.start for _, columns in places} == set(range(9))
     assert not torch.equal(train[Draw(0, positions)].past, train[Draw(1, positions)].past)
@@ -133,6 +133,17 @@ def test_crops_are_random_in_training_and_central_elsewhere(write_archive: Write
     assert torch.equal(batch.past[0, :, 0], torch.from_numpy(labelled(400, 12, 14)[first : first + 3, 2:10, 3:11]))
     assert data.grid.size == (8, 8)
     assert data.grid.origin == pytest.approx((46.0 - 2 * 0.01, 11.0 + 3 * 0.014))
+
+
+@pytest.mark.parametrize("seed", [0, 7, -3])
+def test_places_are_drawn_by_seed_epoch_and_window(seed: int, write_archive: WriteArchive) -> None:
+    paths = [write_archive("a.nc", times=LONG, size=(12, 9)), write_archive("b.nc", times=LONG, size=(9, 40))]
+    train = radar(paths, crop=9, eval_crop=9, crop_draws=3, seed=seed).windows("train")
+    for epoch, window in ((0, 0), (0, len(train) - 1), (4, 25), (0, 25)):
+        height, width = train.archives[train.index.archive[window]].grid.size
+        random = np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch, window])
+        corners = random.integers(0, [height - 9, width - 9], (3, 2), endpoint=True).tolist()
+        assert train.places(epoch, window) == [(slice(y, y + 9), slice(x, x + 9)) for y, x in corners]
 
 
 @pytest.mark.parametrize("name", ["radar.nc", "radar.zarr"])
@@ -387,7 +398,7 @@ def test_the_italian_archives_are_read_as_xarray_reads_them_and_split_without_a_
         batch = windows[Draw(0, (position,))]
         values, valid = data.quantity.decode(batch.past[0, :, 0])
         number, start = windows.index.archive[position], windows.index.start[position]
-        rows, columns = windows.crop.places(windows.archives[number].grid.size, 0, position)[0]
+        rows, columns = windows.places(0, position)[0]
         with xr.open_dataset(paths[number]) as stored:
             truth = stored["dbz"][start : start + 6, rows, columns].values
         np.testing.assert_array_equal(valid.numpy(), np.isfinite(truth))

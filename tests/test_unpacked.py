@@ -1,11 +1,13 @@
 """Unpacked frames are those of the archive, written once, whole or not at all, and shared."""
 
+import gc
 import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from conftest import DBZ, RATE, WriteArchive, every, labelled, rain
 from numpy.typing import NDArray
 
-from datamodules import unpacked
+from datamodules import mapped, unpacked
 from datamodules.radar import RadarData
 from datamodules.reader import Archive, Packed, open_archive
 from datamodules.sampler import Draw
@@ -164,3 +166,35 @@ def test_frames_that_are_deleted_meanwhile_are_told(write_archive: WriteArchive,
     (cache / "radar.nc.key" / "frames.raw").unlink()
     with pytest.raises(UserError, match=r"unpacked frames of .*radar.nc in .* cannot be read .*data.cache=false"):
         archive.read(slice(0, 3))
+
+
+def test_small_files_stay_mapped_and_of_all_together_no_more_than_are_kept(
+    write_archive: WriteArchive, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archives = [open_archive(write_archive(f"{number}.nc")) for number in range(3)]
+    for archive in archives:
+        unpack(archive, "key")
+    monkeypatch.setattr(mapped, "KEPT", 2 * labelled(30, 12, 14).nbytes)
+    monkeypatch.setattr(mapped, "_kept", WeakSet())  # not those of other tests
+
+    def stay() -> list[bool]:
+        """A map that is kept shows one frame in one place."""
+        shown = [(archive.read(slice(3, 9)), archive.read(slice(3, 9))) for archive in archives]
+        return [np.shares_memory(*twice) for twice in shown]
+
+    sent = len(pickle.dumps(archives))
+    assert stay() == [True, True, False]
+    assert stay() == [True, True, False]
+    assert len(pickle.dumps(archives)) == sent  # to another process go no frames
+    del archives[0]
+    gc.collect()
+    assert stay() == [True, True]
+    for archive in archives:
+        np.testing.assert_array_equal(archive.read(slice(3, 9)), labelled(30, 12, 14)[3:9])
+
+
+def test_a_frame_that_is_shown_cannot_be_changed(write_archive: WriteArchive, cache: Path) -> None:
+    archive = open_archive(write_archive())
+    unpack(archive, "key")
+    with pytest.raises(ValueError, match="read-only"):
+        archive.read(slice(0, 1))[0, 0, 0] = 1
