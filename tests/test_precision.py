@@ -59,8 +59,11 @@ def test_a_network_is_compiled_as_the_run_says(
     assert found == modes
 
 
-def test_torch_has_the_modes() -> None:
-    assert {"default", *torch._inductor.list_mode_options()} == set(MODES)
+@pytest.mark.parametrize("mode", MODES)
+def test_torch_has_the_modes(mode: str) -> None:
+    torch.compile(nn.Identity(), mode=mode)
+    with pytest.raises(RuntimeError, match="mode"):
+        torch.compile(nn.Identity(), mode=f"{mode}er")
 
 
 WHOLE = """
