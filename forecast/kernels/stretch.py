@@ -94,7 +94,8 @@ class Recurrence(NamedTuple):
             stretch: the steps.
             made: how far the gates opened, T B GC *space, and what was kept beside, overwritten; or nothing.
             outputs: the gradients of h after each step, B T C *space.
-            state: gradients of the state after the last step, overwritten by those of the state before the first.
+            state: gradients of the state after the last step, overwritten by those of the state before the first; of one at
+                rest, without what comes through W_h.
             asked: for what.
 
         Returns:
@@ -141,7 +142,7 @@ class Recurrence(NamedTuple):
         return d_x, [d_weight, d_bias, d_input_weight, d_input_bias, *d_own]
 
     def _share(self, seen: Tensor, rest: bool) -> Tensor:
-        """W_h * h + b of a step."""
+        """What the recurrent map gives at a step: from rest without W_h * 0."""
         weight, bias, *_ = self.maps
         if not rest:
             return mapped(seen, weight, bias)
