@@ -12,6 +12,7 @@ from torch import Tensor
 from forecast.cells.cell import Cell, State
 from forecast.kernels import frames, single_pass, unroll
 from forecast.kernels.lstm import LSTMEquations
+from forecast.recurrence import through_time
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; torch brings it where it is built for CUDA")
 
@@ -87,6 +88,21 @@ def test_every_space_without_input(
     lie(layout, monkeypatch)
     cell, x, state = given(kind, 0, space, hidden=hidden)
     equal(everything(cell, x, state, 2), everything(cell, x, state, 2, backend="reference"))
+
+
+@kinds
+@layouts
+@pytest.mark.parametrize("inputs", [X, 16], ids=["one map of x and h", "two maps"])
+def test_from_rest(kind: str, layout: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lie(layout, monkeypatch)
+    cell, x, state = given(kind, inputs, (4, 5))
+    found = []
+    for backend, rest in (("fused", True), ("reference", False)):
+        cell.zero_grad()
+        outputs, _ = through_time(cell, x, tuple(map(torch.zeros_like, state)), 3, rest=rest, backend=backend)
+        outputs.square().sum().backward()
+        found.append({"outputs": outputs.detach()} | {name: one.grad for name, one in cell.named_parameters()})
+    equal(*found)
 
 
 @kinds

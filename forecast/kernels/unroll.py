@@ -117,7 +117,9 @@ class _Unrolled(torch.autograd.Function):
             stretch = Stretch(seen[begin : end + 1], _frames(x, begin, end), tuple(others), rest and begin == 0)
             # What nobody reads again has room for one step alone.
             made = recurrence.room(stretch, end - begin if keeps else 1)
-            kept += [*others, *(made if keeps else ())]
+            # Zeros are one number, however many they are.
+            start = [one.new_zeros(()).expand_as(one) for one in others] if stretch.rest else others
+            kept += [*start, *(made if keeps else ())]
             for after in recurrence.forward(stretch, *made):
                 others = list(after)
         if wanted:
