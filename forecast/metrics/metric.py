@@ -173,7 +173,7 @@ class Pixels:
         """The frames F C H W of a batch, a few at a time."""
         # As many as the caches hold, for each thread: with fewer, the calls take longer than the sums. An accelerator wants
         # more to do at once; its memory holds it.
-        pixels = 2**18 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
+        pixels = 2**17 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
         samples, steps = self.truth.shape[:2]
         fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
         for part in pieces(samples, steps, 1 + pixels // max(1, self.truth.shape[2:].numel())):
