@@ -121,6 +121,7 @@ def test_each_process_holds_its_share_of_weights_gradients_and_optimizer_states(
         assert max(shares) < 0.55 * number
 
 
+@pytest.mark.slow
 def test_a_resumed_sharded_run_is_an_uninterrupted_one(sharded: Path, tmp_path: Path) -> None:
     halfway = trained(tmp_path / "halfway", "fsdp", 1)
     # With a worker, which draws ahead before a sharded network is restored.
