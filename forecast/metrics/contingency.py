@@ -176,5 +176,5 @@ class Contingency(FrameMetric):
 def table(few: Pixels, thresholds: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Hits, misses and false alarms of a few frames: F P int64 each, for P thresholds."""
     events = few.events(thresholds)
-    hits, observed, forecasts = (one.sum(2).T for one in (events.hits, events.observed, events.forecasts))
+    hits, observed, forecasts = (one.sum(1) for one in (events.hits, events.observed, events.forecasts))
     return hits, observed - hits, forecasts - hits

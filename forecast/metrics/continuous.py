@@ -112,12 +112,12 @@ class Continuous(FrameMetric):
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
         values = _numbers(few.fields)
-        f, o = values.sum(2)
+        f, o = _sum(values)
         # In place, in memory that is in the cache already.
-        error = (values[0] - values[1]).abs_()
-        absolute = error.sum(1)
-        error_square = error.mul_(error).sum(1)
-        f_square, o_square = values.mul_(values).sum(2)
+        error = (values[:, :, 0] - values[:, :, 1]).abs_()
+        absolute = error.sum((1, 2, 3))
+        error_square = error.mul_(error).sum((1, 2, 3))
+        f_square, o_square = _sum(values.mul_(values))
         return {
             "error_sum": f - o,
             "absolute_error_sum": absolute,
@@ -144,8 +144,14 @@ class Continuous(FrameMetric):
 
 
 def _numbers(fields: Tensor) -> Tensor:
-    """2 F C H W -> 2 F N float64, 0 where there was NaN."""
-    return fields.nan_to_num(0.0).flatten(2).double()
+    """In float64, and 0 where there was NaN."""
+    return fields.nan_to_num(0.0).double()
+
+
+def _sum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """F C 2 H W -> F and F."""
+    f, o = values.sum((-2, -1)).sum(1).unbind(1)
+    return f, o
 
 
 def cosine(cosine_sum: Counts, cosine_frames: Counts) -> Counts:
@@ -172,11 +178,12 @@ class Cosine(FrameMetric):
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
         floor = self.scope.quantity.floor
-        f, o = _numbers(few.fields - floor)
-        squares = (f * f).sum(1), (o * o).sum(1)
-        norm = (squares[0] * squares[1]).sqrt()
-        cosine = torch.where(norm > 0, (f * o).sum(1) / norm, 0.0)
-        return {"cosine_sum": cosine, "cosine_frames": squares[0] + squares[1] > 0}
+        values = _numbers(few.fields - floor)
+        product = values.prod(2).sum((1, 2, 3))
+        f_square, o_square = _sum(values.mul_(values))
+        norm = (f_square * o_square).sqrt()
+        cosine = torch.where(norm > 0, product / norm, 0.0)
+        return {"cosine_sum": cosine, "cosine_frames": f_square + o_square > 0}
 
     @classmethod
     def scores(cls, counts: xr.Dataset) -> dict[str, xr.DataArray]:

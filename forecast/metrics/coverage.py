@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from forecast.metrics.metric import FrameMetric, Pixels, Score, Sum, count, ones
+from forecast.metrics.metric import FrameMetric, Pixels, Score, Sum, count
 
 
 class Coverage(FrameMetric):
@@ -27,8 +27,8 @@ class Coverage(FrameMetric):
     SCORES: ClassVar[Mapping[str, Score]] = {}
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
-        counted = count(ones(few.counted)).sum(1)
-        defined = few.known if few.told is None else count(ones(few.compared & few.told))
+        counted = count(few.counted.view(torch.int8)).sum(1)
+        defined = few.known if few.told is None else count((few.compared & few.told).view(torch.int8))
         return {"pixels": counted, "undefined": counted - defined.sum(1), "samples": counted > 0}
 
     @classmethod

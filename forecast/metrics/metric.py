@@ -9,7 +9,7 @@ Axes: B batch, S forecast frames, F frames of a batch, C channels, H W space.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -27,6 +27,7 @@ from forecast.units import Quantity
 Counts = TypeVar("Counts", NDArray[Any], xr.DataArray)
 """Counts and sums, pooled over whichever axes."""
 _Self = TypeVar("_Self", bound="AdditiveMetric")
+_LINES = 16  # that frames are cut into to count pixels: int8 holds as many ones, and the sums along a line cost little
 
 
 def ratio(numerator: Counts, denominator: Counts) -> Counts:
@@ -88,13 +89,13 @@ class Events(NamedTuple):
     """Events of frames, by threshold."""
 
     where: Tensor
-    """2 P F C H W int8: 1 where one is forecast, and where there is one, else 0."""
+    """F C P 2 H W int8: 1 where one is forecast, and where there is one, else 0."""
     forecasts: Tensor
-    """P F C int64, how many are forecast."""
+    """F C P int64, how many are forecast."""
     observed: Tensor
-    """P F C int64, how many there are."""
+    """F C P int64, how many there are."""
     hits: Tensor
-    """P F C int64, how many of these are forecast."""
+    """F C P int64, how many of these are forecast."""
 
 
 class Pixels:
@@ -112,8 +113,8 @@ class Pixels:
         self.truth = truth
         self.counted = counted
         self.told = told
-        self.sums: dict[AdditiveMetric, dict[str, Tensor]] = {}
-        """What the frames of a batch add to metrics that score each by itself, B S ...; see `score`."""
+        self.sums: dict[int, dict[str, Tensor]] = {}
+        """What the frames of a batch add to metrics that score each by itself, by their id, B S ...; see `score`."""
         self._events: dict[tuple[float, ...], Events] = {}
 
     @classmethod
@@ -144,36 +145,43 @@ class Pixels:
     @cached_property
     def known(self) -> Tensor:
         """Pixels that can be compared, of frames F C H W: F C int64."""
-        return count(torch.eq(self.gap, 0, out=torch.empty_like(self.gap)))
+        # By way of float32, which is several times quicker than bool.
+        return count(torch.eq(self.gap, 0, out=torch.empty_like(self.gap)).to(torch.int8))
 
     @cached_property
     def fields(self) -> Tensor:
-        """2 ... C H W: the forecast, and the truth, NaN where there is nothing to compare."""
-        return torch.stack((self.forecast, self.truth)).add_(self.gap)
+        """... C 2 H W: the forecast and the truth, NaN where there is nothing to compare.
+
+        Side by side in memory, and so is what is made of them: each thread then works on the same frames from one call to
+        the next, and what another core wrote, which may take ten times as long to read, is read by none.
+        """
+        *leading, height, width = self.gap.shape
+        dtype = torch.result_type(self.forecast, self.truth)
+        fields = self.gap.new_empty((*leading, 2, height, width), dtype=dtype)
+        for field, values in zip(fields.unbind(-3), (self.forecast, self.truth), strict=True):
+            torch.add(values, self.gap, out=field)
+        return fields
 
     def events(self, thresholds: tuple[float, ...]) -> Events:
         """Of frames F C H W: where forecast and truth are at or above each threshold."""
         if thresholds not in self._events:
             # A comparison rounds the threshold to the dtype of the values: it has to be the same one for both sides.
             fields = self.fields.to(self.truth.dtype)
-            where = fields.new_empty((2, len(thresholds), *fields.shape[1:]), dtype=torch.int8)
-            # In float32, which is four times quicker than bool. NaN is no event.
+            frames, channels, *sides = fields.shape
+            where = fields.new_empty((frames, channels, len(thresholds), *sides), dtype=torch.int8)
+            # In float32 first, which is four times quicker than bool. NaN is no event.
             found = torch.empty_like(fields, dtype=torch.float32)
-            rows = found.new_empty((3, len(thresholds), *fields.shape[1:-1]))
-            for column, threshold in enumerate(thresholds):
-                where[:, column] = torch.ge(fields, threshold, out=found)
-                torch.sum(found, -1, out=rows[:2, column])
-                torch.sum(found[0].mul_(found[1]), -1, out=rows[2, column])
-            # Exact, since no row is longer than float32 counts.
-            counts = rows.sum(-1, dtype=torch.float64).long()
-            self._events[thresholds] = Events(where, *counts)
+            for threshold, events in zip(thresholds, where.unbind(2), strict=True):
+                events.copy_(torch.ge(fields, threshold, out=found))
+            forecasts, observed = where.unbind(3)
+            self._events[thresholds] = Events(where, *count(where).unbind(3), count(forecasts & observed))
         return self._events[thresholds]
 
     def few(self) -> Iterator["Pixels"]:
         """The frames F C H W of a batch, a few at a time."""
         # As many as the caches hold, for each thread: with fewer, the calls take longer than the sums. An accelerator wants
         # more to do at once; its memory holds it.
-        pixels = 2**17 * torch.get_num_threads() if self.truth.device.type == "cpu" else 2**24
+        pixels = 2**18 * max(2, torch.get_num_threads()) if self.truth.device.type == "cpu" else 2**24
         samples, steps = self.truth.shape[:2]
         fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
         for part in pieces(samples, steps, 1 + pixels // max(1, self.truth.shape[2:].numel())):
@@ -189,7 +197,7 @@ class Pixels:
         size = self.truth.shape[:2]
         for metric, found in zip(chosen, zip(*parts, strict=True), strict=True):
             names = found[0]
-            self.sums[metric] = {name: torch.cat([one[name] for one in found]).unflatten(0, size) for name in names}
+            self.sums[id(metric)] = {name: _join([one[name] for one in found]).unflatten(0, size) for name in names}
 
 
 class AdditiveMetric(Metric):
@@ -234,11 +242,11 @@ class AdditiveMetric(Metric):
             block: B int64, 0 to blocks-1; a sample of block -1 is padding and adds nothing.
             pixels: of these, where they are known already.
         """
-        self.collect(forecast, pixels or Pixels.of(forecast, truth, valid, block), block)
+        self.collect(forecast, pixels or Pixels.of(forecast, truth, valid, block), block.clamp_min(0))
 
     @abstractmethod
     def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        """Adds one batch to the states; see `update`."""
+        """Adds one batch to the states; see `update`. Here padding belongs to block 0, to which it has to add zeros."""
 
     @classmethod
     @abstractmethod
@@ -252,7 +260,7 @@ class AdditiveMetric(Metric):
     def add(self, name: str, block: Tensor, values: Tensor) -> None:
         """Adds a value for each sample to a state: values B S ..., the state's axes after block; padding must be zeros."""
         state: Tensor = getattr(self, name)
-        state.index_add_(0, block.clamp_min(0), values.to(state.dtype))
+        state.index_add_(0, block, values.to(state.dtype))
 
     def compute(self) -> dict[str, Tensor]:
         """The sums by name, added up over all processes. (A state of one single element comes back as a scalar.)"""
@@ -281,9 +289,9 @@ class FrameMetric(AdditiveMetric):
         """What each of a few frames adds to the SUMS: F ... by name, channels added up."""
 
     def collect(self, forecast: Forecast, pixels: Pixels, block: Tensor) -> None:
-        if self not in pixels.sums:
+        if id(self) not in pixels.sums:
             pixels.score([self])
-        for name, values in pixels.sums[self].items():
+        for name, values in pixels.sums[id(self)].items():
             self.add(name, block, values)
 
 
@@ -294,6 +302,10 @@ def pieces(samples: int, steps: int, frames: int) -> Iterator[tuple[slice, slice
     for row in range(0, samples, rows):
         for lead in range(0, steps, leads):
             yield slice(row, row + rows), slice(lead, lead + leads)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _share(whole: int, most: int) -> int:
@@ -307,5 +319,11 @@ def ones(mask: Tensor) -> Tensor:
 
 
 def count(ones: Tensor) -> Tensor:
-    """Zeros and ones, ... H W -> ... int64: exact, since no row is longer than float32 counts."""
-    return ones.sum(-1).sum(-1, dtype=torch.float64).long()
+    """Zeros and ones, ... H W int8 -> ... int64."""
+    pixels = ones.flatten(-2)
+    line = pixels.shape[-1] // _LINES
+    # One line upon another in int8, which is the quickest sum there is; what is left is short.
+    lines = pixels[..., : _LINES * line].unflatten(-1, (_LINES, line)).sum(-2, dtype=torch.int8)
+    counted = lines.sum(-1, dtype=torch.int64)
+    rest = pixels[..., _LINES * line :]
+    return counted + rest.sum(-1, dtype=torch.int64) if rest.shape[-1] else counted

@@ -73,7 +73,7 @@ class Fractions(FrameMetric):
         "fss_useful_scale": Score("smallest useful scale by the fractions skill score", units="pixels"),
     }
 
-    def __init__(self, scope: Scope, scales: Sequence[int] = (2, 8, 32)) -> None:
+    def __init__(self, scope: Scope, scales: Sequence[int] = (1, 8, 32)) -> None:
         self.scales = _sizes("scales", scales, _LARGEST)
         super().__init__(scope)
 
@@ -83,20 +83,25 @@ class Fractions(FrameMetric):
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
         events = few.events(self.scope.quantity.thresholds)
-        images = events.observed.numel()
-        sums = events.where.new_zeros((2, images, len(self.scales)), dtype=torch.float64)
+        either, both = events.forecasts + events.observed, 2 * events.hits
+        images = events.where.flatten(0, 2)
+        sums = images.new_zeros((len(images), 2, len(self.scales)), dtype=torch.float64)
+        if self.scales[0] == 1:
+            # Of one pixel (f - o)^2 is f + o - 2 f o, and (f + o)^2 is f + o + 2 f o.
+            sums[:, :, 0] = torch.stack((either - both, either + both), -1).flatten(0, 2)
         # An image without events adds nothing, and costs nothing more.
-        some = (events.forecasts + events.observed).flatten().nonzero().flatten()
-        if len(some):
-            f, o = events.where.flatten(1, 3)
-            sums[:, some] = self._squares(*((f, o) if len(some) == images else (f[some], o[some])))
+        some = either.flatten().nonzero().flatten()
+        wide = [scale for scale in self.scales if scale > 1]
+        if wide and len(some):
+            images = images if len(some) == len(images) else images.index_select(0, some)
+            sums[some, :, -len(wide) :] = _squares(images, wide)
         sums /= torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 4
-        difference, total = sums.unflatten(1, events.observed.shape).sum(3).transpose(1, 2)
+        difference, total = sums.unflatten(0, either.shape).sum(1).unbind(2)
         return {
             "fractions_difference": difference,
             # f^2 + o^2 = ((f - o)^2 + (f + o)^2) / 2
             "fractions_square": (difference + total) / 2,
-            "observed_events": events.observed.sum(2).T,
+            "observed_events": events.observed.sum(1),
         }
 
     @classmethod
@@ -105,45 +110,45 @@ class Fractions(FrameMetric):
         frequency = ratio(counts["observed_events"], counts["pixels"])
         return {"fss": score, "fss_useful_scale": useful_scale(score, frequency)}
 
-    def _squares(self, forecast: Tensor, truth: Tensor) -> Tensor:
-        """Sums over all windows, in whole numbers.
 
-        Args:
-            forecast, truth: zeros and ones, I H W int8.
+def _squares(events: Tensor, scales: Sequence[int]) -> Tensor:
+    """Sums over all windows, in whole numbers.
 
-        Returns:
-            2 I N: of (f - o)^2 and (f + o)^2, with f and o the events in a window.
-        """
-        images, height, width = truth.shape
-        # Images lie one after another in a row of numbers, with zeros to the right of each line and below each image, which
-        # are to the left of the next line and above the next image too. A window begins at its upper left corner, and is the
-        # sum of smaller ones, scale by scale.
-        margin = max(self.scales) // 2
-        rows, line = height + margin, width + margin
-        first = margin * line + margin
-        size, strides = (2, *truth.shape), (images * rows * line, rows * line, line, 1)
-        sums = []
-        side, window = 1, torch.zeros(first + 2 * images * rows * line, dtype=torch.int8, device=truth.device)
-        events = window
-        # f - o, and -f - o, whose square is that of f + o: a window of 8 x 8 has -128, which is the least that int8 holds.
-        difference, total = events.as_strided(size, strides, first)
-        torch.sub(forecast, truth, out=difference)
-        torch.sub(difference, forecast, alpha=2, out=total)
-        for scale in self.scales:
-            if scale % side:
-                side, window = 1, events
-            times = scale // side
-            # The narrowest whole numbers are the quickest.
-            window = window.to(_whole(-2 * scale**2, scale**2))
-            window = _runs(_runs(window, times, side), times, side * line)
-            side = scale
-            inside = window.as_strided(size, strides, first - scale // 2 * (line + 1))
-            exact = _whole(0, width * (2 * scale**2) ** 2)  # for the squares of a row
-            # One part at a time, so that it stays in the cache.
-            for part in inside:
-                squares = part.to(exact, copy=True)
-                sums.append(squares.mul_(squares).sum(2, dtype=exact).sum(1, dtype=torch.float64))
-        return torch.stack(sums).unflatten(0, (-1, 2)).movedim(0, 2)
+    Args:
+        events: zeros and ones of forecast and truth, I 2 H W int8.
+        scales: sides of the windows, ascending.
+
+    Returns:
+        I 2 N: of (f - o)^2 and (f + o)^2, with f and o the events in a window.
+    """
+    images, _, height, width = events.shape
+    # Images lie one after another in a row of numbers, with zeros to the right of each line and below each image, which
+    # are to the left of the next line and above the next image too. A window begins at its upper left corner, and is the
+    # sum of smaller ones, scale by scale.
+    margin = max(scales) // 2
+    rows, line = height + margin, width + margin
+    first = margin * line + margin
+    strides = (2 * rows * line, rows * line, line, 1)
+    ones = torch.zeros(first + 2 * images * rows * line, dtype=torch.int8, device=events.device)
+    # f - o, and -f - o, whose square is that of f + o: a window of 8 x 8 has -128, which is the least that int8 holds.
+    (forecast, truth), (difference, total) = events.unbind(1), ones.as_strided(events.shape, strides, first).unbind(1)
+    torch.sub(forecast, truth, out=difference)
+    torch.sub(difference, forecast, alpha=2, out=total)
+    sums = []
+    side, window = 1, ones
+    for scale in scales:
+        if scale % side:
+            side, window = 1, ones
+        times = scale // side
+        # The narrowest whole numbers are the quickest.
+        window = window.to(_whole(-2 * scale**2, scale**2))
+        window = _runs(_runs(window, times, side), times, side * line)
+        side = scale
+        inside = window.as_strided(events.shape, strides, first - scale // 2 * (line + 1))
+        exact = _whole(0, width * (2 * scale**2) ** 2)  # for the squares of a row
+        squares = inside.to(exact, copy=True)
+        sums.append(squares.mul_(squares).sum(3, dtype=exact).sum(2, dtype=torch.float64))
+    return torch.stack(sums, -1)
 
 
 def _whole(lowest: int, highest: int) -> torch.dtype:
@@ -201,10 +206,10 @@ class PooledContingency(FrameMetric):
 
     def frames(self, few: Pixels) -> dict[str, Tensor]:
         # A maximum forgets minus infinity, unless there is nothing else, which is no event.
-        fields = few.fields.to(few.truth.dtype).nan_to_num(-torch.inf)
+        fields = few.fields.to(few.truth.dtype).nan_to_num(-torch.inf).flatten(0, 1)
         by_pool = []
         for pool in self.pools:
-            f, o = (F.max_pool2d(field, pool, ceil_mode=True) for field in fields)
+            f, o = F.max_pool2d(fields, pool, ceil_mode=True).unflatten(0, few.truth.shape[:2]).unbind(2)
             blocks = Pixels(f, o, torch.ones_like(o, dtype=torch.bool))
             by_pool.append(contingency.table(blocks, self.scope.quantity.thresholds))
         return {name: torch.stack(found, -1) for name, found in zip(self.SUMS, zip(*by_pool, strict=True), strict=True)}

@@ -155,10 +155,7 @@ class Spectrum(FrameMetric):
         mean = fields.mean((-2, -1), keepdim=True)
         waves = torch.view_as_real(torch.fft.rfft2(fields.sub_(mean)))
         waves[..., 0, 0, 0] += (mean[..., 0, 0] - floor) * (height * width)
-        products = waves.new_empty((3, *waves.shape[1:]))
-        torch.mul(waves, waves, out=products[:2])
-        torch.mul(waves[0], waves[1], out=products[2])
-        forecast_power, truth_power, cross_power = rings.add_up(products) / (height * width)
+        forecast_power, truth_power, cross_power = (rings.add_up(waves) / (height * width)).unbind(1)
         return {
             "forecast_power_sum": forecast_power,
             "truth_power_sum": truth_power,
@@ -197,18 +194,30 @@ class _Rings(NamedTuple):
     cells: Tensor
     """Of fft2 in each of the K rings."""
 
-    def add_up(self, products: Tensor) -> Tensor:
-        """N F C H W/2+1 2, real and imaginary parts -> N F K float64, over channels and cells."""
+    def add_up(self, waves: Tensor) -> Tensor:
+        """|F|^2, |O|^2 and Re(F conj O) over channels and the cells of each ring.
+
+        Args:
+            waves: F and O, F C 2 H W/2+1 2, with real and imaginary parts.
+
+        Returns:
+            F 3 K float64.
+        """
         # A row and its mirror image are as far from wavenumber 0: half as many numbers are brought to their rings.
-        height = products.shape[3]
+        frames, channels, _, height, *_ = waves.shape
         mirrored = (height - 1) // 2
-        half = products[:, :, :, : height // 2 + 1].double()
-        half[:, :, :, 1 : mirrored + 1] += products[:, :, :, height - mirrored :].flip(3)
-        rows = half.flatten(3).flatten(0, 2)
+        upper, lower = waves[:, :, :, : height // 2 + 1], waves[:, :, :, height - mirrored :].flip(3)
+        products = waves.new_empty((frames, channels, 3, *upper.shape[3:]))
+        torch.mul(upper, upper, out=products[:, :, :2])
+        torch.mul(upper[:, :, 0], upper[:, :, 1], out=products[:, :, 2])
+        both = products[:, :, :, 1 : mirrored + 1]
+        both[:, :, :2].addcmul_(lower, lower)
+        both[:, :, 2].addcmul_(lower[:, :, 0], lower[:, :, 1])
+        rows = products.flatten(3).flatten(0, 2)
         sums = rows.new_zeros(len(rows), (len(self.cells) + 1) * len(self.weights))
         sums.index_add_(1, self.place, rows)
-        by_ring = sums.view(*products.shape[:3], -1, len(self.weights)) @ self.weights
-        return by_ring[..., :-1].sum(2)
+        by_ring = sums.double().view(frames, channels, 3, -1, len(self.weights)) @ self.weights
+        return by_ring[..., :-1].sum(1)
 
 
 @cache
