@@ -22,7 +22,7 @@ from forecast.metrics.contingency import (
     sedi,
     success_ratio,
 )
-from forecast.metrics.metric import Scope
+from forecast.metrics.metric import Scope, count
 from forecast.units import Quantity
 
 THRESHOLDS = (5.0, 20.0, 30.5)
@@ -47,6 +47,13 @@ def windows(seed: int = 0, samples: int = 6, blocks: int = 3) -> Windows:
     mean = truth + torch.randint(-20, 21, shape, generator=generator) / 2
     valid = torch.rand(shape, generator=generator) > 0.1
     return Windows(Forecast(mean), truth, valid, torch.arange(samples) % blocks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (7, 9), (1, 300), (48, 48)])
+def test_every_pixel_is_counted_once(size: tuple[int, int]) -> None:
+    ones = (torch.rand(3, 2, *size, generator=torch.Generator().manual_seed(0)) < 0.7).to(torch.int8)
+    assert torch.equal(count(ones), ones.sum((2, 3)))
+    assert torch.equal(count(torch.ones_like(ones)), torch.full((3, 2), size[0] * size[1]))
 
 
 def counts(*batches: Windows, blocks: int = 3) -> dict[str, Tensor]:

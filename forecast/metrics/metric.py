@@ -27,6 +27,7 @@ from forecast.units import Quantity
 Counts = TypeVar("Counts", NDArray[Any], xr.DataArray)
 """Counts and sums, pooled over whichever axes."""
 _Self = TypeVar("_Self", bound="AdditiveMetric")
+_THREADS = 32  # that get pixels of their own; more share these, so that memory has a bound
 _LINES = 16  # that frames are cut into to count pixels: int8 holds as many ones, and the sums along a line cost little
 
 
@@ -173,15 +174,17 @@ class Pixels:
             found = torch.empty_like(fields, dtype=torch.float32)
             for threshold, events in zip(thresholds, where.unbind(2), strict=True):
                 events.copy_(torch.ge(fields, threshold, out=found))
-            forecasts, observed = where.unbind(3)
-            self._events[thresholds] = Events(where, *count(where).unbind(3), count(forecasts & observed))
+            forecasts, observed = count(where).unbind(3)
+            hits = count(where[..., 0, :, :] & where[..., 1, :, :])
+            self._events[thresholds] = Events(where, forecasts, observed, hits)
         return self._events[thresholds]
 
     def few(self) -> Iterator["Pixels"]:
         """The frames F C H W of a batch, a few at a time."""
-        # As many as the caches hold, for each thread: with fewer, the calls take longer than the sums. An accelerator wants
-        # more to do at once; its memory holds it.
-        pixels = 2**18 * max(2, torch.get_num_threads()) if self.truth.device.type == "cpu" else 2**24
+        # With fewer, the calls and the waiting of threads for each other take longer than the sums; more leave the caches.
+        # An accelerator wants more to do at once.
+        threads = torch.get_num_threads() if self.truth.device.type == "cpu" else _THREADS
+        pixels = 2**18 * max(2, min(threads, _THREADS))
         samples, steps = self.truth.shape[:2]
         fields = self.forecast, self.truth, self.counted, *(() if self.told is None else (self.told,))
         for part in pieces(samples, steps, 1 + pixels // max(1, self.truth.shape[2:].numel())):
