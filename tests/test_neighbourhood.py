@@ -53,10 +53,12 @@ def frames(*batch: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(f, o, strict=True))
 
 
-@pytest.mark.parametrize("size", [(23, 18), (18, 23)])
-def test_fss_of_many_windows_equals_pysteps(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("size", "dry"), [((23, 18), 0), ((18, 23), 0), ((18, 23), 2)])
+def test_fss_of_many_windows_equals_pysteps(size: tuple[int, int], dry: int) -> None:
     reference = pytest.importorskip("pysteps.verification.spatialscores", reason="pysteps is an extra")
     batch = fields(size=size)
+    for field in batch[:2]:
+        field[:dry] = 0
     ours = score(states(Fractions(scope(), SCALES), batch))
     for row, threshold in enumerate(THRESHOLDS):
         for column, scale in enumerate(SCALES):

@@ -20,6 +20,7 @@ from forecast.metrics.contingency import Contingency
 from forecast.metrics.continuous import Continuous, Cosine
 from forecast.metrics.metric import AdditiveMetric, Scope
 from forecast.metrics.neighbourhood import Fractions, PooledContingency
+from forecast.metrics.spectral import Spectrum
 from forecast.skill import Skill, catalogue, columns, derive
 from forecast.units import Quantity
 
@@ -99,6 +100,23 @@ def test_derive_keeps_what_was_not_pooled() -> None:
         dataset[name].isel(block=[1, 1, 3]).sum("block") for name in ("hits", "misses", "false_alarms")
     )
     np.testing.assert_allclose(wettest["csi"], hits / (hits + misses + alarms))
+
+
+@pytest.mark.parametrize("make", [Continuous, Contingency, Fractions, PooledContingency, Spectrum])
+def test_channels_are_added_up(make: Callable[[Scope], AdditiveMetric]) -> None:
+    scope = Scope(QUANTITY, STEPS, BLOCKS, size=(8, 8))
+    forecasts, truth, valid, block = windows()
+    f, o = (torch.cat([field, field.flip(0)], dim=2) for field in (forecasts["persistence"], truth))
+    v, block = torch.cat([valid, valid.flip(1)], dim=2), block.clamp_min(0)
+
+    def sums(channels: slice) -> dict[str, Tensor]:
+        metric = make(scope)
+        metric.update(Forecast(f[:, :, channels]), o[:, :, channels], v[:, :, channels], block)
+        return metric.compute()
+
+    both, first, second = sums(slice(2)), sums(slice(1)), sums(slice(1, 2))
+    for name, found in both.items():
+        torch.testing.assert_close(found, first[name] + second[name], rtol=1e-12, atol=0)
 
 
 def test_summary_pools_lead_times_and_blocks() -> None:
