@@ -97,9 +97,9 @@ class Spectrum(FrameMetric):
 
     A pixel that is missing, or not finite, holds the floor in both. A frame without a pixel to compare counts nowhere.
 
-    The transform, and the sum over a ring of one frame, have the precision of the fields; sums over frames are float64. In
-    float32 a power is right to 1e-5 where it is at least 1e-5 of the frame's variance, and to 1e-10 of the variance elsewhere:
-    rain that a Gaussian of sigma 8 pixels blurred has 1e-3 of it in the shortest waves, from its border.
+    The transform, and the sum over a ring of one frame, have the precision of the fields; sums over frames are float64.
+    In float32 a power is right to 1e-5 where it is at least 1e-5 of the frame's variance, and to 1e-10 of the variance
+    elsewhere: rain that a Gaussian of sigma 8 pixels blurred has 1e-3 of it in the shortest waves, from its border.
 
     Args:
         scope: what is scored; it has to say the size of the frames, on which the number of wavenumbers depends: with the
