@@ -19,6 +19,8 @@ from forecast.errors import UserError
 from forecast.metrics import contingency
 from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, Sum, ratio
 
+_TOGETHER = 2**22
+"""Pixels of images whose windows are found at once, of one scale; windows of more scales are read more often from the cache."""
 _LARGEST = 181
 """Pixels; sums over frames of the squares of larger counts could leave the whole numbers that float64 holds."""
 
@@ -94,7 +96,8 @@ class Fractions(FrameMetric):
         wide = [scale for scale in self.scales if scale > 1]
         if wide and len(some):
             images = images if len(some) == len(images) else images.index_select(0, some)
-            sums[some, :, -len(wide) :] = _squares(images, wide)
+            together = max(1, _TOGETHER // (len(wide) * images[0].numel()))
+            sums[some, :, -len(wide) :] = torch.cat([_squares(part, wide) for part in images.split(together)])
         sums /= torch.tensor(self.scales, dtype=torch.float64, device=sums.device) ** 4
         difference, total = sums.unflatten(0, either.shape).sum(1).unbind(2)
         return {
