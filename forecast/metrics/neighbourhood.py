@@ -20,7 +20,7 @@ from forecast.metrics import contingency
 from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, Sum, ratio
 
 _TOGETHER = 2**22
-"""Pixels of images whose windows are found at once, of one scale; windows of more scales are read more often from the cache."""
+"""Pixels of images whose windows are found at once, of one scale; fewer of more scales, which read them again and again."""
 _LARGEST = 181
 """Pixels; sums over frames of the squares of larger counts could leave the whole numbers that float64 holds."""
 
