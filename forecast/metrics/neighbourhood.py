@@ -21,6 +21,8 @@ from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, S
 
 _TOGETHER = 2**22
 """Pixels of images whose windows are found at once, of one scale; fewer of more scales, which read them again and again."""
+_AT_ONCE = 16
+"""Lines that are added up in one call; twice as many are twice half as many."""
 _LARGEST = 181
 """Pixels; sums over frames of the squares of larger counts could leave the whole numbers that float64 holds."""
 
@@ -163,9 +165,13 @@ def _whole(lowest: int, highest: int) -> torch.dtype:
 
 
 def _runs(values: Tensor, length: int, step: int) -> Tensor:
-    """Sums of `length` values that lie `step` apart, beginning with each that has so many after it; by doubling."""
+    """Sums of `length` values that lie `step` apart, beginning with each that has so many after it."""
     if length == 1:
         return values
+    if length <= _AT_ONCE and step > 1:
+        # Neighbours in memory are added up at once, which they cannot be where the sum is over neighbours.
+        rows = values.as_strided((length, len(values) - (length - 1) * step), (step, 1))
+        return rows.sum(0, dtype=values.dtype)
     half = length // 2 * step
     sums = _runs(values, length // 2, step)
     sums = sums[:-half] + sums[half:]
