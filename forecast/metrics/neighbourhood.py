@@ -22,7 +22,7 @@ from forecast.metrics.metric import Counts, FrameMetric, Pixels, Scope, Score, S
 _TOGETHER = 2**22
 """Pixels of images whose windows are found at once, of one scale; fewer of more scales, which read them again and again."""
 _AT_ONCE = 16
-"""Lines that are added up in one call; twice as many are twice half as many."""
+"""Numbers that are added up in one call; of more, first two and two."""
 _LARGEST = 181
 """Pixels; sums over frames of the squares of larger counts could leave the whole numbers that float64 holds."""
 
@@ -169,12 +169,10 @@ def _runs(values: Tensor, length: int, step: int) -> Tensor:
     if length == 1:
         return values
     if length <= _AT_ONCE and step > 1:
-        # Neighbours in memory are added up at once, which they cannot be where the sum is over neighbours.
+        # In one call, which is quick only where what is added up are no neighbours in memory.
         rows = values.as_strided((length, len(values) - (length - 1) * step), (step, 1))
         return rows.sum(0, dtype=values.dtype)
-    half = length // 2 * step
-    sums = _runs(values, length // 2, step)
-    sums = sums[:-half] + sums[half:]
+    sums = _runs(values[:-step] + values[step:], length // 2, 2 * step)
     return sums if length % 2 == 0 else sums[:-step] + values[(length - 1) * step :]
 
 
