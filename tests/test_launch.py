@@ -63,19 +63,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_gradient_of_many_processes_is_that_of_the_joined_batch(tmp_path: Path, write_archive: WriteArchive) -> None:
+@pytest.mark.parametrize(("processes", "batch"), [(2, 3), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_gradient_of_many_processes_is_that_of_the_joined_batch(
+    processes: int, batch: int, tmp_path: Path, write_archive: WriteArchive
+) -> None:
     # Frames miss different pixels; and of five windows the third process has one, and one that is padding.
     archive = write_archive(times=every(400), size=(24, 20))
     radar = ["data=radar", f"data.archive={archive}", "data.workers=0", "data.past=2", "data.future=2"]
     few = ["data.stride=64", "model.network.hidden=[4]", "trainer.limit_test_batches=1"]
-    for processes, batch in ((1, 6), (2, 3), (3, 2)):
-        parallel = [CPU] if processes == 1 else ddp(processes)
-        folder = tmp_path / str(processes)
-        commands.run(*radar, *few, *ONE_STEP, *parallel, f"data.batch_size={batch}", folder=folder)
-    before = checkpoint.read(tmp_path / "1/checkpoints/last.ckpt")
-    assert before["global_step"] == 1
-    for processes in (2, 3):
-        assert_same_weights(tmp_path / str(processes), tmp_path / "1", atol=1e-6)
+    for name, size, parallel in (("one", 6, [CPU]), ("many", batch, ddp(processes))):
+        commands.run(*radar, *few, *ONE_STEP, *parallel, f"data.batch_size={size}", folder=tmp_path / name)
+    assert checkpoint.read(tmp_path / "one/checkpoints/last.ckpt")["global_step"] == 1
+    assert_same_weights(tmp_path / "many", tmp_path / "one", atol=1e-6)
 
 
 def test_process_whose_batch_is_all_padding_changes_nothing(tmp_path: Path) -> None:
