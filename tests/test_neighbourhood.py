@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forecast.batch import Forecast
 from forecast.errors import UserError
+from forecast.metrics import neighbourhood
 from forecast.metrics.metric import AdditiveMetric, Scope
 from forecast.metrics.neighbourhood import Fractions, PooledContingency, fss, useful_scale
 from forecast.skill import Skill
@@ -66,6 +67,13 @@ def test_fss_of_many_windows_equals_pysteps(size: tuple[int, int], dry: int) -> 
             for f, o in frames(*batch):
                 reference.fss_accum(theirs, f, o)
             assert ours[row, column] == pytest.approx(reference.fss_compute(theirs), abs=1e-10)
+
+
+def test_images_in_parts_have_the_sums_of_all_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = states(Fractions(scope(), SCALES), fields())
+    monkeypatch.setattr(neighbourhood, "_TOGETHER", 5 * 2 * 23 * 18 * (len(SCALES) - 1))  # five of 36 images
+    parts = states(Fractions(scope(), SCALES), fields())
+    assert all(torch.equal(parts[name], state) for name, state in whole.items())
 
 
 def test_fss_of_one_window_equals_pysteps() -> None:

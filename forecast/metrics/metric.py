@@ -154,7 +154,7 @@ class Pixels:
         """... C 2 H W: the forecast and the truth, NaN where there is nothing to compare.
 
         Side by side in memory, and so is what is made of them: each thread then works on the same frames from one call to
-        the next, and what another core wrote, which may take ten times as long to read, is read by none.
+        the next, and seldom reads what another core wrote, which may take several times as long.
         """
         *leading, height, width = self.gap.shape
         dtype = torch.result_type(self.forecast, self.truth)
